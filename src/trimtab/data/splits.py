@@ -1,0 +1,49 @@
+"""Cutting missing splits from train, and taking fewer rows; both stratified and seeded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from trimtab.data.rows import Row
+from trimtab.errors import DataError
+
+# A tenth of the rows each for validation and for test, where they are not given.
+_FOLDS = 10
+
+
+def cut_split(rows: Sequence[Row], seed: int, what: str) -> tuple[list[Row], list[Row]]:
+    """(kept, cut): a tenth cut off, by label share; groups stay whole where rows have them.
+
+    Raises:
+        DataError: too few rows or groups to cut from.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    labels = [row.label for row in rows]
+    grouped = rows[0].group is not None
+    units = len({row.group for row in rows}) if grouped else min(Counter(labels).values())
+    if units < 2:
+        kind = "groups" if grouped else "rows of the rarest class"
+        raise DataError(
+            f"too few {kind} ({units}) to cut a {what} split from train; give --{what}-data, or more rows"
+        )
+    splitter = StratifiedGroupKFold if grouped else StratifiedKFold
+    folds = splitter(n_splits=min(_FOLDS, units), shuffle=True, random_state=seed)
+    kept, cut = next(folds.split(labels, labels, [row.group for row in rows] if grouped else None))
+    return [rows[i] for i in kept], [rows[i] for i in cut]
+
+
+def take_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows by label share, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    from sklearn.model_selection import train_test_split
+
+    labels = [row.label for row in rows]
+    classes = len(set(labels))
+    can_stratify = min(Counter(labels).values()) >= 2 and classes <= min(limit, len(rows) - limit)
+    taken, _ = train_test_split(
+        range(len(rows)), train_size=limit, random_state=seed, stratify=labels if can_stratify else None
+    )
+    return [rows[i] for i in sorted(taken)]

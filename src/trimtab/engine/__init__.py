@@ -1,0 +1,1 @@
+"""The training engine for frozen bases: packed batches, attention over them, one loop."""

@@ -1,0 +1,179 @@
+"""Which rows go into which batch, and their tensors: packed by token budget, or padded.
+
+Every row stands in exactly one batch of an epoch, whatever its length. The plan of an epoch
+depends on the seed and the epoch's number alone, so a resumed run meets the same batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.engine.attention import Run, runs_of
+from trimtab.tasks.classification import Example
+
+# Padded batches draw texts of like length from pools of this many batches.
+_POOL_BATCHES = 40
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one step.
+
+    Packed: `input_ids` is [1, tokens], and `runs` give the texts in it. Padded: `input_ids` is
+    [rows, longest], `runs` is None and `attention_mask` is set. `pooled` holds each row's pooled
+    position in `input_ids.flatten()`; `rows` the places of the rows in the encoded data.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    token_type_ids: Tensor | None
+    attention_mask: Tensor | None
+    runs: list[Run] | None
+    pooled: Tensor
+    labels: Tensor
+    rows: list[int]
+    tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
+                 if isinstance(value, Tensor)}  # fmt: skip
+        return Batch(**(vars(self) | moved))
+
+
+def plan_batches(
+    lengths: Sequence[int], tokens_per_batch: int, *, shuffle_seed: int | None, padded: bool = False
+) -> list[list[int]]:
+    """Rows by batch, each batch within the token budget (a longer text is a batch of its own).
+
+    Args:
+        lengths: tokens of every row.
+        shuffle_seed: order of the rows; None sorts by length, for scoring.
+        padded: count each row as long as the longest of its batch, and keep like lengths together.
+    """
+    order = _order(lengths, tokens_per_batch, shuffle_seed, padded)
+    batches: list[list[int]] = []
+    longest = used = 0
+    for row in order:
+        length = lengths[row]
+        cost = max(longest, length) * (len(batches[-1]) + 1) if padded and batches else used + length
+        if not batches or cost > tokens_per_batch:
+            batches.append([])
+            longest = used = 0
+        batches[-1].append(row)
+        longest, used = max(longest, length), used + length
+    if padded and shuffle_seed is not None:
+        shuffled = torch.randperm(len(batches), generator=_generator(shuffle_seed)).tolist()
+        batches = [batches[i] for i in shuffled]
+    return batches
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _order(lengths: Sequence[int], tokens_per_batch: int, shuffle_seed: int | None, padded: bool) -> list[int]:
+    if shuffle_seed is None:
+        return sorted(range(len(lengths)), key=lambda row: lengths[row])
+    order: list[int] = torch.randperm(len(lengths), generator=_generator(shuffle_seed)).tolist()
+    if padded and lengths:
+        pool = max(1, int(_POOL_BATCHES * tokens_per_batch / (sum(lengths) / len(lengths))))
+        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+        order = [row for rows in pools for row in sorted(rows, key=lambda row: lengths[row])]
+    return order
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns rows into tensors, the way the model's forward wants them."""
+
+    examples: Sequence[Example]
+    packed: bool
+    position_offset: int
+    pad_token_id: int
+
+    def plan(self, tokens_per_batch: int, shuffle_seed: int | None) -> list[list[int]]:
+        lengths = list(map(len, self.examples))
+        return plan_batches(lengths, tokens_per_batch, shuffle_seed=shuffle_seed, padded=not self.packed)
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        # Equal lengths side by side, so that attention can take each run as a view.
+        ordered = sorted(rows, key=lambda row: len(self.examples[row]))
+        examples = [self.examples[row] for row in ordered]
+        return (self._pack if self.packed else self._pad)(ordered, examples)
+
+    def _pack(self, rows: list[int], examples: list[Example]) -> Batch:
+        lengths = list(map(len, examples))
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        return Batch(
+            input_ids=_row([token for example in examples for token in example.input_ids]),
+            position_ids=_row([self.position_offset + i for length in lengths for i in range(length)]),
+            token_type_ids=self._types([token for example in examples for token in example.token_type_ids or ()]),
+            attention_mask=None,
+            runs=runs_of(lengths),
+            pooled=torch.tensor([start + example.pooled for start, example in zip(starts, examples, strict=False)]),
+            labels=torch.tensor([example.label for example in examples]),
+            rows=rows,
+            tokens=starts[-1],
+        )
+
+    def _pad(self, rows: list[int], examples: list[Example]) -> Batch:
+        longest = max(map(len, examples))
+
+        def pad(values: Sequence[int], filler: int) -> list[int]:
+            return [*values, *[filler] * (longest - len(values))]
+
+        types = None
+        if examples[0].token_type_ids is not None:
+            types = torch.tensor([pad(example.token_type_ids or (), 0) for example in examples])
+        return Batch(
+            input_ids=torch.tensor([pad(example.input_ids, self.pad_token_id) for example in examples]),
+            position_ids=None,
+            token_type_ids=types,
+            attention_mask=torch.tensor([pad([1] * len(example), 0) for example in examples]),
+            runs=None,
+            pooled=torch.tensor([i * longest + example.pooled for i, example in enumerate(examples)]),
+            labels=torch.tensor([example.label for example in examples]),
+            rows=rows,
+            tokens=sum(map(len, examples)),
+        )
+
+    def _types(self, values: list[int]) -> Tensor | None:
+        return _row(values) if values else None
+
+
+def _row(values: list[int]) -> Tensor:
+    return torch.tensor(values).unsqueeze(0)
+
+
+class TrainingPlan:
+    """Every batch of a whole training, by step number.
+
+    `num_train_epochs` may be a fraction: the last epoch is then cut short.
+    """
+
+    def __init__(self, collator: Collator, tokens_per_batch: int, seed: int, num_train_epochs: float) -> None:
+        self.collator = collator
+        epochs = [
+            collator.plan(tokens_per_batch, seed * 1_000_003 + epoch)
+            for epoch in range(math.ceil(num_train_epochs))
+        ]
+        partial = num_train_epochs - math.floor(num_train_epochs)
+        self.steps_per_epoch = len(epochs[0])
+        if partial:
+            epochs[-1] = epochs[-1][: max(1, round(partial * len(epochs[-1])))]
+        self.steps = [rows for epoch in epochs for rows in epoch]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.collator.collate(self.steps[step])

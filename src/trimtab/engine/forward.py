@@ -1,0 +1,153 @@
+"""A classification model's forward, packed or padded, chosen by comparing outputs at load.
+
+`PaddedForward` is the plain twin: transformers' own forward on padded rows. `PackedForward`
+must give the same logits, or it is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engine import attention
+from trimtab.engine.batches import Batch, Collator
+from trimtab.tasks.classification import Example
+from trimtab.tasks.heads import backbone_of, final_linear, logits_from_pooled
+
+# Largest difference in logits between a packed and a lone text that counts as equal.
+PROBE_TOLERANCE = 1e-5
+
+
+class Forward(Protocol):
+    """Logits [rows, classes] of a batch, in the batch's order."""
+
+    packed: bool
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+
+class PaddedForward:
+    packed = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, batch: Batch) -> Tensor:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+
+class PackedForward:
+    packed = True
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, batch: Batch) -> Tensor:
+        logits: Tensor = logits_from_pooled(self.model, self.pooled_states(batch))
+        return logits
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """[tokens, hidden] of the backbone's last layer."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        if getattr(self.model.config, "use_cache", False):
+            inputs["use_cache"] = False  # a cache would let texts see each other, and costs memory
+        states: Tensor = backbone_of(self.model)(**inputs, packed_runs=batch.runs).last_hidden_state[0]
+        return states
+
+    def pooled_states(self, batch: Batch) -> Tensor:
+        return self.hidden_states(batch).index_select(0, batch.pooled)
+
+
+class HeadFeatures:
+    """Catches what enters the head's final linear: the features that a linear probe is fitted on.
+
+    Use as a context manager around forward calls on a model without an adapter.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.linear = final_linear(model)
+        self.caught: list[Tensor] = []
+
+    def __enter__(self) -> HeadFeatures:
+        self._handle = self.linear.register_forward_pre_hook(lambda _, inputs: self.caught.append(inputs[0]))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def take(self, batch: Batch) -> Tensor:
+        """[rows, features] of the batch just run."""
+        features = self.caught.pop()
+        if features.dim() == 3:  # a stock decoder applies its head to every token before it pools
+            features = features.flatten(0, 1).index_select(0, batch.pooled)
+        return features
+
+
+class Choice(NamedTuple):
+    forward: Forward
+    position_offset: int
+    reason: str  # why packing is not used; empty where it is
+
+
+def choose_forward(model: Any, pad_token_id: int, max_length_tokens: int, type_ids: bool) -> Choice:
+    """Packed if texts packed together give what each gives alone through the stock forward."""
+    stock = model.config._attn_implementation
+    offset = _position_offset(model)
+    reason = ""
+    try:
+        attention.register()
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+        difference = _probe(model, offset, pad_token_id, max_length_tokens, type_ids, stock)
+        if not difference <= PROBE_TOLERANCE:
+            reason = f"packed texts differ from lone ones by {difference:.1e}"
+    except Exception as error:  # whatever a model does with a pack, the padded path still stands
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not reason:
+        return Choice(PackedForward(model), offset, "")
+    model.set_attn_implementation(stock)
+    return Choice(PaddedForward(model), 0, reason)
+
+
+def _position_offset(model: Any) -> int:
+    """RoBERTa's positions start after its padding index; everyone else's at 0."""
+    for name, module in model.named_modules():
+        is_position = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_position and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def _probe(model: Any, offset: int, pad_token_id: int, max_length_tokens: int, type_ids: bool, stock: str) -> float:
+    """Largest logit difference between texts packed together and each alone, stock."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    lengths = [3, 7, 7, *([window + 5] if 0 < window < max_length_tokens - 5 else [])]
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [token for token in range(min(1000, model.config.get_text_config().vocab_size)) if token != pad_token_id]
+    pools_last = hasattr(model, "score")
+    examples = []
+    for length in lengths:
+        picks = torch.randint(len(vocabulary), (length,), generator=generator).tolist()
+        ids = [vocabulary[i] for i in picks]
+        examples.append(Example(ids, [0] * length if type_ids else None, length - 1 if pools_last else 0, 0))
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        pack = Collator(examples, True, offset, pad_token_id).collate(range(len(examples))).to(device)
+        packed = PackedForward(model)(pack)
+        model.set_attn_implementation(stock)
+        alone = _logits_alone(model, examples, pad_token_id, device)
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    return float((packed - alone).abs().max())
+
+
+def _logits_alone(model: Any, examples: Sequence[Example], pad_token_id: int, device: torch.device) -> Tensor:
+    collator = Collator(examples, False, 0, pad_token_id)
+    return torch.cat([PaddedForward(model)(collator.collate([i]).to(device)) for i in range(len(examples))])

@@ -1,0 +1,124 @@
+"""The training loop: one function, its parts given as arguments.
+
+What is learnt (loss, batches), how it is judged (validate) and who listens (on_step) come from
+outside; between two steps everything lies in the `TrainingState`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engine.batches import Batch, TrainingPlan
+from trimtab.engine.state import TrainingState
+
+Ending = Literal["finished", "early_stop", "not_finite"]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the optimizer moves and how often validation looks."""
+
+    learning_rate: float
+    warmup_ratio: float
+    max_grad_norm: float
+    steps_between_validations: int
+    early_stopping_patience: int
+
+    def rate_at(self, step: int, total_steps: int) -> float:
+        """Linear warm-up from near zero, then a cosine to zero after the last step."""
+        warmup = math.ceil(self.warmup_ratio * total_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_state(parameters: dict[str, nn.Parameter], weight_decay: float) -> TrainingState:
+    """AdamW (Loshchilov & Hutter 2019) over `parameters`; biases and norms do not decay."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+    return TrainingState(parameters, optimizer)
+
+
+def train(
+    state: TrainingState,
+    plan: TrainingPlan,
+    compute_loss: Callable[[Batch], Tensor],
+    validate: Callable[[], dict[str, float]],
+    settings: LoopSettings,
+    on_step: Callable[[TrainingState, dict[str, float]], None] = lambda state, figures: None,
+) -> Ending:
+    """Train from where `state` stands to the end of `plan`; the best weights are set at the end.
+
+    Args:
+        compute_loss: mean loss of a batch, with a graph to the parameters.
+        validate: figures on the validation rows; `loss` decides which state is best.
+        on_step: called after each step with its figures; may save `state.state_dict()`.
+
+    Returns:
+        How it ended. On "not_finite" the step that failed changed nothing, and the best
+        validated weights are set as in the other cases.
+    """
+    if state.step == 0:
+        _validate(state, validate, settings)
+    ending: Ending = "finished"
+    while state.step < len(plan):
+        started = time.perf_counter()
+        figures = _step(state, plan, compute_loss, settings)
+        if figures is None:
+            ending = "not_finite"
+            break
+        state.seconds += time.perf_counter() - started
+        figures["tokens_per_second"] = state.tokens / state.seconds
+        state.history.append({"step": state.step, **figures})
+        last = state.step == len(plan)
+        if last or state.step % settings.steps_between_validations == 0:
+            _validate(state, validate, settings)
+        on_step(state, figures)
+        if state.validations_since_best >= settings.early_stopping_patience and not last:
+            ending = "early_stop"
+            break
+    state.set_weights(state.best_weights)
+    return ending
+
+
+def _step(
+    state: TrainingState, plan: TrainingPlan, compute_loss: Callable[[Batch], Tensor], settings: LoopSettings
+) -> dict[str, float] | None:
+    """One update; None, and nothing changed, if the loss or a gradient is not finite."""
+    batch = plan[state.step]
+    parameters = list(state.parameters.values())
+    loss = compute_loss(batch)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    if not (math.isfinite(float(loss.detach())) and math.isfinite(float(norm))):
+        return None
+    rate = settings.rate_at(state.step, len(plan))
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.step += 1
+    state.tokens += batch.tokens
+    return {"loss": float(loss.detach()), "grad_norm": float(norm), "learning_rate": rate}
+
+
+def _validate(state: TrainingState, validate: Callable[[], dict[str, float]], settings: LoopSettings) -> None:
+    figures = validate()
+    state.history.append({"step": state.step, **{f"validation_{name}": value for name, value in figures.items()}})
+    if figures["loss"] < state.best_loss:
+        state.keep_as_best(figures["loss"])
+    else:
+        state.validations_since_best += 1
+    if not state.best_weights:  # a start that is not finite is still a start
+        state.best_weights = state.copy_weights()

@@ -1,0 +1,66 @@
+"""Logits of many rows, in the rows' order, without gradients."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.engine.batches import Collator
+from trimtab.engine.forward import Forward, HeadFeatures
+from trimtab.progress import Progress, Silent
+
+# Scoring needs no room for gradients: larger batches, sorted by length.
+SCORING_TOKENS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`logits` [rows, classes] and, where asked for, `features` [rows, features], float32 on CPU."""
+
+    logits: Tensor
+    features: Tensor | None
+    seconds: float
+    tokens: int
+    steps: int
+
+
+def score_rows(
+    forward: Forward,
+    collator: Collator,
+    device: torch.device,
+    *,
+    features: HeadFeatures | None = None,
+    tokens_per_batch: int = SCORING_TOKENS_PER_BATCH,
+    progress: Progress | None = None,
+) -> Scores:
+    """Run `forward` over every example of `collator`."""
+    listener = progress or Silent()
+    batches = collator.plan(tokens_per_batch, None)
+    total = sum(map(len, collator.examples))
+    logits: list[Tensor] = []
+    caught: list[Tensor] = []
+    order: list[int] = []
+    tokens = 0
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for rows in batches:
+            batch = collator.collate(rows).to(device)
+            logits.append(forward(batch).float().cpu())
+            if features is not None:
+                caught.append(features.take(batch).float().cpu())
+            order.extend(batch.rows)
+            tokens += batch.tokens
+            seconds = time.perf_counter() - started
+            listener.advance(tokens, total, "tokens", tokens_per_second=tokens / seconds)
+    seconds = time.perf_counter() - started
+    place = torch.tensor(order).argsort()
+    return Scores(
+        torch.cat(logits).index_select(0, place),
+        torch.cat(caught).index_select(0, place) if caught else None,
+        seconds,
+        tokens,
+        len(batches),
+    )

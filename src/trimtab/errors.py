@@ -1,0 +1,66 @@
+"""Every error that Trimtab raises on purpose.
+
+TrimtabError
+├── InputError            the input is wrong; nothing was started      exit 2
+│   ├── StudyError        a setting of the study
+│   ├── SourceError       a model or data source cannot be had
+│   ├── DataError         rows, columns, labels
+│   └── RunFolderError    the run folder holds something else
+└── RunError              the work began and failed; what is finished is kept      exit 1
+    ├── TrainingError     the loss or the gradients are no longer finite
+    ├── ReloadError       what was saved does not give what was trained
+    └── StorageError      the disk is full or not writable
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrimtabError(Exception):
+    """What is wrong, the value received, and what to do next."""
+
+    exit_code = 1
+
+
+class InputError(TrimtabError):
+    exit_code = 2
+
+
+class StudyError(InputError):
+    pass
+
+
+class SourceError(InputError):
+    pass
+
+
+class DataError(InputError):
+    pass
+
+
+class RunFolderError(InputError):
+    pass
+
+
+class RunError(TrimtabError):
+    pass
+
+
+class TrainingError(RunError):
+    pass
+
+
+class ReloadError(RunError):
+    pass
+
+
+class StorageError(RunError):
+    pass
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest of `known`, or the empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

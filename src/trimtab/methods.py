@@ -1,0 +1,118 @@
+"""PEFT methods: name -> peft config, the defaults that learn, and the layers they go to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import StudyError, suggest
+from trimtab.study_config import StudyConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: how peft calls it, and the learning rate that works without being asked."""
+
+    name: str
+    title: str
+    learning_rate: float
+    build: Callable[[StudyConfig, list[str] | str], Any]
+
+
+def _lora(**fixed: Any) -> Callable[[StudyConfig, list[str] | str], Any]:
+    def build(study: StudyConfig, target_modules: list[str] | str) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type="SEQ_CLS",
+            r=study.r,
+            lora_alpha=study.lora_alpha,
+            lora_dropout=study.lora_dropout,
+            target_modules=target_modules,
+            **fixed,
+        )
+
+    return build
+
+
+def _ia3(study: StudyConfig, target_modules: list[str] | str) -> Any:
+    from peft import IA3Config
+
+    return IA3Config(task_type="SEQ_CLS", target_modules=target_modules, feedforward_modules=[])
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("lora", "LoRA (Hu et al. 2021)", 5e-4, _lora()),
+        Method("rslora", "rank-stabilised LoRA (Kalajdzievski 2023)", 2e-4, _lora(use_rslora=True)),
+        Method("dora", "weight-decomposed LoRA (Liu et al. 2024)", 5e-4, _lora(use_dora=True)),
+        Method("ia3", "(IA)3 (Liu et al. 2022)", 5e-3, _ia3),
+    )
+}
+
+# Query and value projections by the names that the families give them (Hu et al. 2021, table 5:
+# adapting both is the best use of a small budget); a fused projection counts as both.
+_ATTENTION_NAMES = (
+    ("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("query_proj", "value_proj"),
+    ("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",), ("in_proj",), ("q", "v"),
+)  # fmt: skip
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        StudyError: unknown, with the nearest and all known ones.
+    """
+    if name not in METHODS:
+        raise StudyError(f"unknown method {name!r}{suggest(name, METHODS)}; there are: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def learning_rate_of(study: StudyConfig) -> float:
+    return get_method(study.method).learning_rate if study.learning_rate == "auto" else study.learning_rate
+
+
+def find_target_modules(model: Any, wanted: str) -> list[str] | str:
+    """Names of the layers to adapt.
+
+    `auto` takes the query and value projections (or the fused one), whatever the family calls them.
+
+    Raises:
+        StudyError: names that no layer has, or a family whose attention is not recognised.
+    """
+    if wanted == "all-linear":
+        return wanted
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())}
+    if wanted != "auto":
+        names = [name for name in re.split(r"[,\s]+", wanted) if name]
+        for name in names:
+            if name not in leaves:
+                raise StudyError(
+                    f"target_modules: no layer is called {name!r}{suggest(name, leaves)}; "
+                    "`auto` finds the attention projections"
+                )
+        return names
+    for names in map(list, _ATTENTION_NAMES):
+        if all(name in leaves for name in names):
+            return names
+    raise StudyError(
+        f"target_modules: auto does not recognise the attention of {type(model).__name__}; "
+        f"name layers yourself, or use all-linear (layers here: {', '.join(sorted(leaves)[:12])}, …)"
+    )
+
+
+def attach_adapter(model: Any, study: StudyConfig, new_modules: list[str]) -> Any:
+    """Wrap `model` in the study's adapter; `new_modules` (the head) are trained and saved with it.
+
+    Returns a `PeftModelForSequenceClassification`.
+    """
+    from peft import get_peft_model
+
+    method = get_method(study.method)
+    config = method.build(study, find_target_modules(model, study.target_modules))
+    config.modules_to_save = sorted({name.rpartition(".")[2] for name in new_modules}) or None
+    return get_peft_model(model, config)

@@ -1,0 +1,152 @@
+"""Base models and tokenizers from a located source: always whole, always with a head.
+
+Weights are read here and nowhere else. Where models come from is in `sources`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimtab.errors import SourceError
+from trimtab.sources import ModelSource
+
+# peft matches `modules_to_save` by the end of a module's name.
+_HEADS = ("score", "classifier")
+
+
+@dataclass
+class BaseModel:
+    """A stock `AutoModelForSequenceClassification` in eval mode, its tokenizer, and its origin.
+
+    `new_modules` are those whose weights the source does not hold (the head, sometimes a pooler):
+    they start at random, so they must be trained and saved with the adapter.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: ModelSource
+    new_modules: list[str]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' and datasets' own bars and warnings out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration; reads no weights.
+
+    Raises:
+        SourceError: an architecture transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.location)
+    except (ValueError, OSError, KeyError) as error:
+        raise SourceError(f"{source.name}: its config cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_can_classify(source: ModelSource) -> None:
+    """Refuse an architecture without a classification model, before weights are read.
+
+    Raises:
+        SourceError: with the architecture's name.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(source)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise SourceError(
+            f"{source.name} is a {config.model_type!r} model, which transformers cannot use for classification; "
+            "choose a text encoder (BERT family) or decoder (Llama, GPT-2 families)"
+        )
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer, with a padding token, padding on the right.
+
+    Raises:
+        SourceError: the source holds none that can be used.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location)
+    except Exception as error:  # missing files, bad JSON and unknown classes come as many kinds
+        raise SourceError(f"{source.name}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise SourceError(f"{source.name}: the tokenizer has neither a padding, end nor unknown token")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(source: ModelSource, label_names: Sequence[str], seed: int) -> BaseModel:
+    """Load a base with a fresh, seeded classification head, in float32 and eval mode.
+
+    Raises:
+        SourceError: weights that cannot be read, or that are mostly not there.
+    """
+    from accelerate import PartialState
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(seed)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source.location,
+            dtype=torch.float32,
+            num_labels=len(label_names),
+            id2label=dict(enumerate(label_names)),
+            label2id={name: number for number, name in enumerate(label_names)},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, torch and transformers each raise their own
+        raise SourceError(f"{source.name}: its weights cannot be read: {str(error).splitlines()[0]}") from error
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    new_modules = _modules_of(sorted({*info["missing_keys"], *mismatched}))
+    strange = [name for name in new_modules if name.split(".")[-1] not in (*_HEADS, "pooler", "pre_classifier", "head")]
+    if strange:
+        raise SourceError(
+            f"{source.name}: its weights lack {len(strange)} parts of the model ({strange[0]}, …); "
+            "they do not belong to this config.json"
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.requires_grad_(False)
+    model.eval().to(PartialState().device)
+    return BaseModel(model, tokenizer, source, new_modules)
+
+
+def _modules_of(missing_keys: Sequence[str]) -> list[str]:
+    """Names of the head-level modules that hold the missing weights, such as `score`, `bert.pooler`."""
+    names: list[str] = []
+    for key in missing_keys:
+        parts = key.split(".")
+        for known in (*_HEADS, "pooler", "pre_classifier", "head"):
+            if known in parts:
+                name = ".".join(parts[: parts.index(known) + 1])
+                break
+        else:
+            name = ".".join(parts[:-1])
+        if name not in names:
+            names.append(name)
+    return names

@@ -1,0 +1,232 @@
+"""The run folder: every name in it, and writes that are whole or not there.
+
+Other modules ask this one where a thing lies; nobody else spells these names.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimtab.errors import DataError, RunFolderError, StorageError
+
+# A run writes reports, predictions and an adapter; below this it would stop half-way.
+MINIMUM_FREE_BYTES = 64 << 20
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.study = path / "study.yaml"
+        self.manifest = path / "manifest.json"
+        self.data_summary = path / "data.json"
+        self.test_rows = path / "test.jsonl"
+        self.comparison = path / "comparison.json"
+        self.report_html = path / "report.html"
+        self.report_markdown = path / "report.md"
+
+    def baseline(self, system: str) -> SystemFolder:
+        return SystemFolder(self.path / "baselines" / system)
+
+    def trial(self, method: str, seed: int) -> TrialFolder:
+        return TrialFolder(self.path / "trials" / f"{method}-s{seed}")
+
+    def trials(self) -> list[TrialFolder]:
+        """Trials that hold a finished adapter."""
+        folders = sorted((self.path / "trials").glob("*"))
+        return [TrialFolder(folder) for folder in folders if (folder / "adapter").is_dir()]
+
+    def systems(self) -> list[SystemFolder]:
+        """Every scored system, baselines first."""
+        folders = sorted((self.path / "baselines").glob("*")) + sorted((self.path / "trials").glob("*"))
+        return [system for system in map(SystemFolder, folders) if system.is_scored]
+
+    def claim(self, study_yaml: str, overwrite: bool = False) -> None:
+        """Make the folder this study's, or go on in it where the same study began.
+
+        Raises:
+            RunFolderError: it holds another study, or something that is no run.
+            StorageError: it cannot be written, or the disk is nearly full.
+        """
+        if overwrite and self.study.is_file():
+            shutil.rmtree(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is a file; give another --out")
+        if self.study.is_file():
+            difference = _first_difference(self.study.read_text(encoding="utf-8"), study_yaml)
+            if difference:
+                raise RunFolderError(
+                    f"{self.path} already holds another study ({difference}); "
+                    "give another --out, or --overwrite to start it anew"
+                )
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise RunFolderError(f"{self.path} is not empty and holds no study.yaml; give another --out")
+        with _storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < MINIMUM_FREE_BYTES:
+            raise RunFolderError(
+                f"no space left for {self.path}: {free >> 20} MiB free, {MINIMUM_FREE_BYTES >> 20} MiB needed; "
+                "free some, or give an --out on another disk"
+            )
+        write_text(self.study, study_yaml)
+
+
+class SystemFolder:
+    """Predictions and metrics of one system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.predictions = path / "predictions.jsonl"
+        self.metrics = path / "metrics.json"
+        self.logits = path / "logits.safetensors"
+        self.probe = path / "probe.safetensors"
+
+    @property
+    def is_scored(self) -> bool:
+        return self.predictions.is_file() and self.metrics.is_file()
+
+
+class TrialFolder(SystemFolder):
+    """What tuning leaves behind."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.adapter = path / "adapter"
+        self.history = path / "history.jsonl"
+        self.training = path / "training.json"
+        self.trained_logits = path / "trained_logits.safetensors"
+        self.reload = path / "reload.json"
+
+
+class _storage_errors:  # noqa: N801  (reads as a statement: `with _storage_errors(path):`)
+    """Turn a full or read-only disk into a StorageError that names the path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "no space left on the disk" if full else (error.strerror or str(error))
+            raise StorageError(
+                f"cannot write {self.path}: {reason}; what was finished before is kept: "
+                "make room and run the same command again"
+            ) from error
+
+
+def _first_difference(old_yaml: str, new_yaml: str) -> str:
+    """`setting: was OLD, now NEW` for the first setting that differs; `out` does not count."""
+    old, new = yaml.safe_load(old_yaml) or {}, yaml.safe_load(new_yaml)
+    for name in new:
+        if name != "out" and old.get(name) != new[name]:
+            return f"{name}: was {old.get(name)!r}, now {new[name]!r}"
+    return ""
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`; fsync it and rename it into place."""
+    with _storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`; rename it into place, replacing `path`."""
+    with _storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            write(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as opened:
+                        os.fsync(opened.fileno())
+            temporary.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    write_file(path, write)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+        DataError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no file {path}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in `path`, a line each.
+
+    Raises:
+        DataError: no such file, not UTF-8, or a line that is no JSON object (with its number).
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not valid JSON ({error}); fix the line") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                yield row
+    except FileNotFoundError:
+        raise DataError(f"no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None

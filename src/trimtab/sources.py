@@ -1,0 +1,121 @@
+"""Where models and data come from: a local path, a Hub id, or a starter.
+
+`locate_*` checks that a source can be had, cheaply and before any weight is read.
+What is inside the files is read by `models` and `data`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.errors import SourceError
+from trimtab.progress import Progress
+from trimtab.starters import PREFIX, STARTERS, Starter, fetch_starter, get_starter
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """`location` is what `from_pretrained` takes: a folder, or a Hub id."""
+
+    name: str
+    location: str
+    is_local: bool
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def locate_model(source: str, progress: Progress) -> ModelSource:
+    """Find a base model; starters are fetched.
+
+    Raises:
+        SourceError: no such folder, starter or Hub id, or a folder without config or weights.
+    """
+    if source.startswith(PREFIX):
+        return ModelSource(source, str(fetch_starter(get_starter(source, "model"), progress)), True)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _check_model_folder(path)
+        return ModelSource(source, str(path.resolve()), True)
+    if path.exists() or source.startswith((".", "/", "~")) or not _HUB_ID.match(source):
+        raise SourceError(
+            f"no model folder at {source!r}; give a folder with config.json and weights, a Hub id "
+            f"(owner/name), or one of: {_starters('model')}"
+        )
+    _check_hub_model(source)
+    return ModelSource(source, source, False)
+
+
+def _starters(kind: str) -> str:
+    return ", ".join(PREFIX + starter.name for starter in STARTERS.values() if starter.kind == kind)
+
+
+def _check_model_folder(path: Path) -> None:
+    config = path / "config.json"
+    if not config.is_file():
+        hint = "; this looks like an adapter: give its base model" if (path / "adapter_config.json").is_file() else ""
+        raise SourceError(f"{path} has no config.json, so it is not a model folder{hint}")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{config} is not valid JSON ({error}); fetch the model again") from error
+    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        raise SourceError(
+            f"{path} has a config.json but no weights ({', '.join(_WEIGHTS)}); "
+            "fetch the whole model: an untrained one would be tuned otherwise"
+        )
+
+
+def _check_hub_model(source: str) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(source, "config.json")
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if offline() else "the Hub cannot be reached"
+        raise SourceError(
+            f"model {source!r} is neither a folder here nor in the Hub cache, and {reason}; "
+            f"give a local folder, or start with one of: {_starters('model')}"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SourceError(f"model {source!r} cannot be had from the Hub: {first}") from error
+
+
+def locate_data_starter(source: str, progress: Progress) -> tuple[Starter, Path]:
+    """The starter that `source` names, and its folder."""
+    starter = get_starter(source, "data")
+    return starter, fetch_starter(starter, progress)
+
+
+def fingerprint_files(paths: list[Path]) -> str:
+    """SHA-256 over the bytes of `paths`, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint_model(source: ModelSource) -> str:
+    """SHA-256 over the weight files of a base model."""
+    if source.is_local:
+        folder = Path(source.location)
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source.location, local_files_only=True, allow_patterns=["*.safetensors", "*.bin"]))
+    files = list(folder.glob("*.safetensors")) or [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    return fingerprint_files(files)

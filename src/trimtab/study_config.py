@@ -1,0 +1,144 @@
+"""Every setting of a study, once: type, default, limits and help.
+
+The CLI makes its flags from these fields, the YAML file is read through them, and the run folder
+keeps them resolved. What a setting does lives where it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trimtab.errors import StudyError, suggest
+
+Task = Literal["classification"]
+Precision = Literal["float32"]
+
+
+class StudyConfig(BaseModel):
+    """One question: this model, these data, this method."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    model: str = Field("starter:smollm2-135m", description="Base model: a folder, a Hub id, or starter:NAME.")
+    task: Task = Field("classification", description="What is learnt.")
+    train_data: str = Field(
+        "starter:rotten-tomatoes",
+        description="Training rows: CSV, TSV, JSONL or Parquet (plain or compressed), a datasets folder, "
+        "a Hub id (name or name:config), or starter:NAME.",
+    )
+    validation_data: str | None = Field(None, description="Validation rows; cut from train if missing.")
+    test_data: str | None = Field(None, description="Test rows; cut from train if missing.")
+    text_column: str | None = Field(None, description="Column with the text; found by name if missing.")
+    text_pair_column: str | None = Field(None, description="Column with a second text, for pairs.")
+    label_column: str | None = Field(None, description="Column with the label; found by name if missing.")
+    group_column: str | None = Field(
+        None, description="Rows with the same value here stay in one split, and are resampled together."
+    )
+    max_length_tokens: int = Field(256, ge=4, description="Longer texts are cut to this many tokens.")
+    max_train_rows: int | None = Field(None, ge=2, description="Use at most this many training rows (seeded).")
+    max_validation_rows: int | None = Field(None, ge=2, description="At most this many validation rows.")
+    max_test_rows: int | None = Field(None, ge=2, description="At most this many test rows.")
+    method: str = Field("lora", description="PEFT method: lora, rslora, dora or ia3.")
+    r: int = Field(8, ge=1, le=1024, description="Rank of the adapter.")
+    lora_alpha: int = Field(16, ge=1, description="LoRA's scale is lora_alpha / r.")
+    lora_dropout: float = Field(0.05, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
+    target_modules: str = Field(
+        "auto", description="Layers to adapt: auto, all-linear, or names such as q_proj,v_proj."
+    )
+    learning_rate: Literal["auto"] | float = Field(
+        "auto", description="Peak learning rate; auto takes the method's default."
+    )
+    num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
+    tokens_per_batch: int = Field(512, ge=8, description="Tokens in a training batch; texts are packed, not padded.")
+    warmup_ratio: float = Field(0.06, ge=0.0, lt=1.0, description="Share of the steps in which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    evaluations_per_epoch: int = Field(2, ge=1, description="How often validation is scored in an epoch.")
+    early_stopping_patience: int = Field(
+        4, ge=1, description="Stop after this many validations without a better one."
+    )
+    seed: int = Field(0, ge=0, description="Seeds the split, the head, the order of rows and dropout.")
+    precision: Precision = Field("float32", description="Number format of the frozen layers.")
+    out: str | None = Field(None, description="Run folder; runs/<model>-<data>-<method> if missing.")
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _rate_is_positive(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 < value < float("inf"):
+            raise ValueError(f"Input should be 'auto' or a positive number, not {value}")
+        return value
+
+    @property
+    def name(self) -> str:
+        return Path(self.out).name if self.out else self.default_name()
+
+    def default_name(self) -> str:
+        parts = (self.model, self.train_data, self.method)
+        stems = (part.removeprefix("starter:").rstrip("/").split("/")[-1].split(".")[0] for part in parts)
+        return "-".join(stem.replace(":", "-") for stem in stems)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.out) if self.out else Path("runs") / self.default_name()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def build_study(settings: dict[str, Any]) -> StudyConfig:
+    """A checked study from plain settings.
+
+    Raises:
+        StudyError: an unknown setting (with the nearest known one) or a value out of range.
+    """
+    try:
+        return StudyConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "study"
+        if first["type"] == "extra_forbidden":
+            raise StudyError(
+                f"unknown setting {name!r}{suggest(name, StudyConfig.model_fields)}; "
+                "`trimtab run --help` lists them all"
+            ) from None
+        raise StudyError(f"{name}: {first['msg']}; received {first['input']!r}") from None
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """The settings in a study file.
+
+    Raises:
+        StudyError: no such file, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise StudyError(f"no study file at {path}; give a YAML file, or only flags (see `trimtab run --help`)")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(settings, dict):
+        raise StudyError(f"{path}: expected `setting: value` lines, found {type(settings).__name__}")
+    return settings
+
+
+def starter_study() -> dict[str, Any]:
+    """The settings of the study that runs when neither a file nor data is given."""
+    text = resources.files("trimtab").joinpath("starter_study.yaml").read_text(encoding="utf-8")
+    settings: dict[str, Any] = yaml.safe_load(text)
+    return settings
+
+
+def resolve_study(file: Path | None, flags: dict[str, Any]) -> StudyConfig:
+    """File, then flags over it; without a file and without data, flags over the starter study."""
+    if file is not None:
+        settings = read_study_file(file)
+    elif "train_data" in flags:
+        settings = {}
+    else:
+        settings = starter_study()
+    return build_study(settings | flags)
