@@ -1,3 +1,32 @@
-"""Trimtab fits a lightweight adapter to a foundation model and tells honestly what it bought."""
+"""Trimtab fits a lightweight adapter to a foundation model and tells honestly what it bought.
+
+The names here are the whole public API. They are loaded on first use, so that importing the
+package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "StudyConfig": ("trimtab.study_config", "StudyConfig"),
+    "build_study": ("trimtab.study_config", "build_study"),
+    "run": ("trimtab.study", "run_study"),
+    "compare": ("trimtab.evaluation.comparison", "compare_two"),
+    "read_predictions": ("trimtab.evaluation.predictions", "read_predictions"),
+    "TrimtabError": ("trimtab.errors", "TrimtabError"),
+    "InputError": ("trimtab.errors", "InputError"),
+    "RunError": ("trimtab.errors", "RunError"),
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

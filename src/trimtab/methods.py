@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import StudyError, suggest
+from trimtab.models import load_config
+from trimtab.sources import ModelSource
 from trimtab.study_config import StudyConfig
 
 
@@ -114,5 +116,28 @@ def attach_adapter(model: Any, study: StudyConfig, new_modules: list[str]) -> An
 
     method = get_method(study.method)
     config = method.build(study, find_target_modules(model, study.target_modules))
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = _has_conv1d(model)
     config.modules_to_save = sorted({name.rpartition(".")[2] for name in new_modules}) or None
     return get_peft_model(model, config)
+
+
+def _has_conv1d(model: Any) -> bool:
+    """Whether the layers store [in, out] weights, as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def check_target_modules(source: ModelSource, wanted: str) -> None:
+    """Refuse target modules that the model does not have, from its configuration alone.
+
+    Raises:
+        StudyError: as `find_target_modules`.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(load_config(source))
+    find_target_modules(model, wanted)

@@ -51,36 +51,45 @@ class RunFolder:
         folders = sorted((self.path / "baselines").glob("*")) + sorted((self.path / "trials").glob("*"))
         return [system for system in map(SystemFolder, folders) if system.is_scored]
 
-    def claim(self, study_yaml: str, overwrite: bool = False) -> None:
-        """Make the folder this study's, or go on in it where the same study began.
+    def check_free(self, study_yaml: str, overwrite: bool = False) -> None:
+        """Refuse a folder that cannot become this study's; changes nothing.
 
         Raises:
-            RunFolderError: it holds another study, or something that is no run.
-            StorageError: it cannot be written, or the disk is nearly full.
+            RunFolderError: it holds another study, or something that is no run, or the disk is full.
         """
-        if overwrite and self.study.is_file():
-            shutil.rmtree(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file; give another --out")
         if self.study.is_file():
             difference = _first_difference(self.study.read_text(encoding="utf-8"), study_yaml)
-            if difference:
+            if difference and not overwrite:
                 raise RunFolderError(
                     f"{self.path} already holds another study ({difference}); "
                     "give another --out, or --overwrite to start it anew"
                 )
-            return
-        if self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(self.path.iterdir()):
             raise RunFolderError(f"{self.path} is not empty and holds no study.yaml; give another --out")
-        with _storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.path).free
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(existing).free
         if free < MINIMUM_FREE_BYTES:
             raise RunFolderError(
                 f"no space left for {self.path}: {free >> 20} MiB free, {MINIMUM_FREE_BYTES >> 20} MiB needed; "
                 "free some, or give an --out on another disk"
             )
-        write_text(self.study, study_yaml)
+
+    def claim(self, study_yaml: str, overwrite: bool = False) -> None:
+        """Make the folder this study's, or go on in it where the same study began.
+
+        Raises:
+            RunFolderError: as `check_free`.
+            StorageError: it cannot be written.
+        """
+        self.check_free(study_yaml, overwrite)
+        if overwrite and self.study.is_file():
+            shutil.rmtree(self.path)
+        if not self.study.is_file():
+            with _storage_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.study, study_yaml)
 
 
 class SystemFolder:
@@ -109,6 +118,15 @@ class TrialFolder(SystemFolder):
         self.training = path / "training.json"
         self.trained_logits = path / "trained_logits.safetensors"
         self.reload = path / "reload.json"
+
+    @property
+    def is_proved(self) -> bool:
+        return self.is_scored and self.reload.is_file() and bool(read_json(self.reload)["passed"])
+
+    @staticmethod
+    def facts_in(adapter: Path) -> Path:
+        """What an adapter folder says of its base, task and labels, beside peft's own files."""
+        return adapter / "trimtab.json"
 
 
 class _storage_errors:  # noqa: N801  (reads as a statement: `with _storage_errors(path):`)

@@ -105,7 +105,7 @@ def _window_mask(length: int, window: int, causal: bool, device: torch.device) -
     """[length, length], True where a query (row) may see a key (column)."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window) if causal else distance.abs() <= window
+    return ((distance >= 0) if causal else (distance > -window)) & (distance < window)
 
 
 def _attend_softcapped(

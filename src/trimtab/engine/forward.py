@@ -126,10 +126,16 @@ def _position_offset(model: Any) -> int:
     return 0
 
 
+def usable_length(model: Any, wanted: int) -> int:
+    """`wanted` tokens, or as many as the model has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return wanted if positions is None else min(wanted, positions - _position_offset(model))
+
+
 def _probe(model: Any, offset: int, pad_token_id: int, max_length_tokens: int, type_ids: bool, stock: str) -> float:
     """Largest logit difference between texts packed together and each alone, stock."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
-    lengths = [3, 7, 7, *([window + 5] if 0 < window < max_length_tokens - 5 else [])]
+    # Two of one length share a run; the longest shows windows that short texts never reach.
+    lengths = [3, 7, 7, max(7, max_length_tokens)]
     generator = torch.Generator().manual_seed(0)
     vocabulary = [token for token in range(min(1000, model.config.get_text_config().vocab_size)) if token != pad_token_id]
     pools_last = hasattr(model, "score")

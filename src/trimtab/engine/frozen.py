@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,19 +70,3 @@ def set_adapter_training(model: nn.Module, training: bool) -> None:
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed pages: fresh tensors then cost no page faults (Linux; else nothing)."""
-    import ctypes
-    import sys
-
-    if sys.platform != "linux" or torch.cuda.is_available():
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    mallopt(M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,0 +1,180 @@
+"""What the command line shows: progress, tables, verdicts. Only `cli` uses it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trimtab.evaluation.metrics import METRICS
+from trimtab.progress import Silent
+from trimtab.runs import SystemFolder, read_json
+
+_SECONDS_BETWEEN_LINES = 15.0
+_VERDICT_STYLES = {"better": "bold green", "worse": "bold red", "inconclusive": "yellow"}
+
+
+def _shorten(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+class ConsoleProgress:
+    """Bars on a terminal; plain lines, every 15 seconds at most, elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.live: Progress | None = None
+        self.task: TaskID | None = None
+        self.started = self.last_line = time.monotonic()
+
+    def __enter__(self) -> ConsoleProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.live:
+            self.live.stop()
+        self.live = self.task = None
+
+    def stage(self, title: str) -> None:
+        self._stop()
+        self.started = self.last_line = time.monotonic()
+        self.console.print(f"[bold]{title}[/bold]")
+
+    def note(self, text: str) -> None:
+        self.console.print(f"  {text}", markup=False)
+
+    def advance(self, done: float, total: float, unit: str, **figures: float) -> None:
+        told = "  ".join(f"{name.replace('_per_second', '/s')} {_shorten(value)}" for name, value in figures.items())
+        if self.console.is_terminal:
+            self._draw(done, total, unit, told)
+        elif time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            left = (self.last_line - self.started) * (total - done) / max(done, 1e-9)
+            self.note(f"{done:,.0f}/{total:,.0f} {unit}  {told}  about {left:.0f} s left")
+
+    def _draw(self, done: float, total: float, unit: str, told: str) -> None:
+        if self.live is None:
+            columns = (BarColumn(30), TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+                       TextColumn("{task.fields[told]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+            self.live = Progress(*columns, console=self.console, transient=True)
+            self.live.start()
+            self.task = self.live.add_task("", total=total, unit=unit, told=told)
+        assert self.task is not None
+        self.live.update(self.task, completed=done, total=total, told=told)
+
+
+class QuietProgress(Silent):
+    def __enter__(self) -> QuietProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def make_progress(quiet: bool) -> ConsoleProgress | QuietProgress:
+    return QuietProgress() if quiet else ConsoleProgress()
+
+
+def _output() -> Console:
+    """Standard output; wide enough for the tables where it is not a terminal."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=130)
+
+
+def _percent(metric: dict[str, float]) -> str:
+    return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
+
+
+def _cost(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def show_comparison(comparison: dict[str, Any], folder: Path) -> None:
+    """The table of systems, the verdicts, and where the report lies."""
+    out = _output()
+    table = Table(title=f"{comparison['study']}: {comparison['data']['test_rows']:,} test rows", title_justify="left")
+    for heading in ("system", "accuracy [95 % interval]", "F1", "loss", "trainable", "train s", "evaluate s"):
+        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+    for system in comparison["systems"]:
+        metrics, cost = system["metrics"], system["cost"]
+        table.add_row(
+            system["title"], _percent(metrics["accuracy"]), f"{metrics['f1']['value']:.3f}",
+            f"{metrics['loss']['value']:.3f}", _cost(cost["trainable_parameters"], ",d"),
+            _cost(cost["train_seconds"], ".1f"), _cost(cost["evaluate_seconds"], ".1f"),
+            style="bold" if system["kind"] == "tuned" else None,
+        )  # fmt: skip
+    out.print(table)
+    titles = {system["name"]: system["title"] for system in comparison["systems"]}
+    for found in comparison["contrasts"]:
+        out.print(_contrast_line(found, titles))
+    proof = comparison["reload"]
+    if proof["passed"]:
+        out.print(f"reloaded in a fresh process: logits within {proof['max_abs_logit_difference']:.1e}")
+    out.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _contrast_line(found: dict[str, Any], titles: dict[str, str]) -> str:
+    style = _VERDICT_STYLES[found["verdict"]]
+    unit = 1 if found["metric"] in ("loss", "brier") else 100
+    points = "" if unit == 1 else " points"
+    return (
+        f"{titles.get(found['system'], found['system'])} against {titles.get(found['against'], found['against'])}: "
+        f"{found['difference'] * unit:+.2f}{points} \\[{found['low'] * unit:+.2f}, {found['high'] * unit:+.2f}], "
+        f"p {found['p_adjusted']:.2g}: [{style}]{found['verdict']}[/{style}]"
+        + (
+            f" (this test set could have shown {found['minimum_detectable_difference'] * unit:.1f}{points})"
+            if found["verdict"] == "inconclusive"
+            else ""
+        )
+    )
+
+
+def show_two(comparison: dict[str, Any]) -> None:
+    out = _output()
+    table = Table()
+    table.add_column("system")
+    for name in METRICS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for system in comparison["systems"]:
+        values = [system["metrics"][name] for name in METRICS]
+        table.add_row(system["name"], *(f"{value['value']:.4f}" for value in values))
+    out.print(table)
+    for found in comparison["contrasts"]:
+        out.print(_contrast_line(found, {}))
+
+
+def show_metrics(folders: list[Any]) -> None:
+    out = _output()
+    for folder in map(SystemFolder, (folder.path for folder in folders)):
+        record = read_json(folder.metrics)
+        told = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+        out.print(f"{folder.name}: {told}")
+
+
+def show_doctor(found: dict[str, Any]) -> None:
+    out = _output()
+    machine, rates = found["machine"], found["gemm_gflops"]
+    out.print(f"[bold]machine[/bold]  {machine['processor']}, {machine['cores']} cores, {machine['instructions']}, "
+              f"{machine['memory_bytes'] / 2**30:.1f} GiB, {machine['accelerator'] or 'no GPU'}")  # fmt: skip
+    out.print("[bold]versions[/bold] " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    table = Table(title="matrix multiplication, measured now", title_justify="left")
+    table.add_column("precision")
+    table.add_column("GFLOP/s", justify="right")
+    for name, rate in rates.items():
+        table.add_row(name, _cost(rate, ",.0f"))
+    out.print(table)
+    out.print("[bold]paths[/bold]    training: packed batches without padding, float32, where a probe at load proves "
+              "packed texts equal to lone ones; else padded batches of like length")  # fmt: skip
+    fastest = max((name for name in rates if rates[name]), key=lambda name: rates[name] or 0)
+    if fastest != "float32":
+        out.print(f"         {fastest} would be faster here; this version trains in float32 only")

@@ -1,0 +1,144 @@
+"""Systems against each other on the same rows: contrasts, verdicts and the comparison's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trimtab.errors import DataError
+from trimtab.evaluation.metrics import LOWER_IS_BETTER, METRICS
+from trimtab.evaluation.predictions import Floats, Predictions
+from trimtab.evaluation.statistics import (
+    bootstrap_metrics,
+    bootstrap_p_value,
+    holm,
+    mcnemar_exact,
+    metric_intervals,
+    minimum_detectable_difference,
+    percentile_interval,
+)
+
+SIGNIFICANCE = 0.05
+PRIMARY_METRIC = "accuracy"
+
+
+def contrast(
+    system: str,
+    against: str,
+    metric: str,
+    predictions: Mapping[str, Predictions],
+    resampled: Mapping[str, Mapping[str, Floats]],
+) -> dict[str, Any]:
+    """One contrast without its adjusted p-value and verdict; a positive difference is `system` above."""
+    differences = resampled[system][metric] - resampled[against][metric]
+    values = [metric_intervals(predictions[name], resampled[name])[metric]["value"] for name in (system, against)]
+    low, high = percentile_interval(differences)
+    exact = metric == "accuracy"
+    return {
+        "system": system,
+        "against": against,
+        "metric": metric,
+        "difference": values[0] - values[1],
+        "low": low,
+        "high": high,
+        "p_value": mcnemar_exact(predictions[system].correct, predictions[against].correct)
+        if exact
+        else bootstrap_p_value(differences),
+        "test": "mcnemar_exact" if exact else "paired_bootstrap",
+        "minimum_detectable_difference": minimum_detectable_difference(differences, len(predictions[system].ids)),
+    }
+
+
+def settle(contrasts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add Holm-adjusted p-values and verdicts, over all contrasts claimed together.
+
+    A verdict needs both: the adjusted p-value below 5 %, and the interval without zero.
+    """
+    for found, adjusted in zip(contrasts, holm([c["p_value"] for c in contrasts]), strict=True):
+        found["p_adjusted"] = adjusted
+        verdict = "inconclusive"
+        if adjusted < SIGNIFICANCE and (found["low"] > 0 or found["high"] < 0):
+            is_better = (found["difference"] > 0) != (found["metric"] in LOWER_IS_BETTER)
+            verdict = "better" if is_better else "worse"
+        found["verdict"] = verdict
+    return contrasts
+
+
+def check_same_rows(first: Predictions, second: Predictions, names: tuple[str, str]) -> None:
+    """Raise DataError unless both hold the same rows, labels and label names, in one order."""
+    if first.ids != second.ids:
+        missing = set(first.ids) ^ set(second.ids)
+        detail = f"{len(missing)} ids stand in one only" if missing else "the order differs"
+        raise DataError(
+            f"{names[0]} and {names[1]} are not about the same rows ({len(first.ids)} and {len(second.ids)}; "
+            f"{detail}); a paired test needs both systems on one test set"
+        )
+    if first.label_names != second.label_names or not np.array_equal(first.labels, second.labels):
+        raise DataError(f"{names[0]} and {names[1]} disagree on the labels of the same rows")
+
+
+def compare_two(
+    first: Predictions, second: Predictions, names: tuple[str, str], metric: str = PRIMARY_METRIC
+) -> dict[str, Any]:
+    """The second system against the first on one metric, with both systems' metrics.
+
+    Raises:
+        DataError: not the same rows.
+    """
+    check_same_rows(first, second, names)
+    predictions = {names[0]: first, names[1]: second}
+    resampled = bootstrap_metrics(predictions)
+    return {
+        "version": 1,
+        "primary_metric": metric,
+        "systems": [
+            {"name": name, "metrics": metric_intervals(one, resampled[name])} for name, one in predictions.items()
+        ],
+        "contrasts": settle([contrast(names[1], names[0], metric, predictions, resampled)]),
+    }
+
+
+def compare_systems(
+    records: Sequence[dict[str, Any]],
+    predictions: Mapping[str, Predictions],
+    groups: Sequence[str] | None,
+    leaked: set[str],
+    seed: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(systems, contrasts) of a run: every tuned system against every other kind.
+
+    Args:
+        records: name, title, kind, method, seed and cost of each system.
+        leaked: ids of test rows that train holds too; `metrics_clean` leaves them out.
+    """
+    first = next(iter(predictions.values()))
+    resampled = bootstrap_metrics(predictions, groups, seed=seed)
+    keep = np.array([row not in leaked for row in first.ids])
+    clean, clean_resampled = dict(predictions), resampled
+    if leaked and keep.any():
+        clean = {name: one.select(keep) for name, one in predictions.items()}
+        kept_groups = None if groups is None else [group for group, kept in zip(groups, keep, strict=True) if kept]
+        clean_resampled = bootstrap_metrics(clean, kept_groups, seed=seed)
+    systems = [
+        {
+            **record,
+            "metrics": metric_intervals(predictions[record["name"]], resampled[record["name"]]),
+            "metrics_clean": metric_intervals(clean[record["name"]], clean_resampled[record["name"]]),
+        }
+        for record in records
+    ]
+    tuned = [record["name"] for record in records if record["kind"] == "tuned"]
+    others = [record["name"] for record in records if record["kind"] != "tuned"]
+    pairs = [(name, other) for name in tuned for other in others]
+    return systems, settle([contrast(a, b, PRIMARY_METRIC, predictions, resampled) for a, b in pairs])
+
+
+def check_metric(metric: str) -> str:
+    """The metric's name, or DataError with the nearest."""
+    from trimtab.errors import suggest
+
+    if metric not in METRICS:
+        raise DataError(f"unknown metric {metric!r}{suggest(metric, METRICS)}; there are: {', '.join(METRICS)}")
+    return metric

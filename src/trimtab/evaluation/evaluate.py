@@ -1,0 +1,126 @@
+"""A model ready to score rows, and the records that scored systems leave in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.data import Row
+from trimtab.engine.batches import Collator
+from trimtab.engine.forward import Choice, HeadFeatures, choose_forward, usable_length
+from trimtab.engine.scoring import Scores, score_rows
+from trimtab.evaluation.metrics import compute_metrics
+from trimtab.evaluation.predictions import Predictions, predictions_for
+from trimtab.models import BaseModel
+from trimtab.progress import Progress
+from trimtab.runs import SystemFolder, read_json, write_json
+from trimtab.tasks.classification import EncodedRows, encode_rows, probabilities_of
+from trimtab.tasks.heads import pools_last_token
+
+
+@dataclass
+class Scorer:
+    """A base model with its chosen forward: encodes rows, makes batches, scores."""
+
+    base: BaseModel
+    choice: Choice
+    max_length_tokens: int
+
+    def encode(self, rows: Sequence[Row]) -> EncodedRows:
+        return encode_rows(
+            rows,
+            self.base.tokenizer,
+            self.max_length_tokens,
+            pools_last_token(self.base.model),
+            self.base.model.config.pad_token_id,
+        )
+
+    def collator(self, encoded: EncodedRows) -> Collator:
+        forward = self.choice.forward
+        pad = self.base.tokenizer.pad_token_id
+        return Collator(encoded.examples, forward.packed, self.choice.position_offset, pad)
+
+    def score(self, encoded: EncodedRows, progress: Progress | None = None, features: bool = False) -> Scores:
+        collator = self.collator(encoded)
+        if not features:
+            return score_rows(self.choice.forward, collator, self.base.device, progress=progress)
+        with HeadFeatures(self.base.model) as caught:
+            return score_rows(self.choice.forward, collator, self.base.device, features=caught, progress=progress)
+
+
+def make_scorer(base: BaseModel, max_length_tokens: int, progress: Progress) -> Scorer:
+    """Choose the forward by probing the loaded base; says which and why where it is not the packed one."""
+    usable = usable_length(base.model, max_length_tokens)
+    if usable < max_length_tokens:
+        progress.note(f"this model reads at most {usable} tokens, so texts are cut there")
+        max_length_tokens = usable
+    type_ids = "token_type_ids" in base.tokenizer.model_input_names
+    choice = choose_forward(base.model, base.tokenizer.pad_token_id, max_length_tokens, type_ids)
+    if choice.forward.packed:
+        progress.note("texts are packed without padding (packed and lone texts gave the same logits)")
+    else:
+        progress.note(f"texts are padded, in batches of like length: packing does not fit this model ({choice.reason})")
+    return Scorer(base, choice, max_length_tokens)
+
+
+def scoring_cost(scores: Scores, rows: int) -> dict[str, float]:
+    return {
+        "evaluate_seconds": scores.seconds,
+        "evaluate_samples_per_second": rows / scores.seconds,
+        "evaluate_steps_per_second": scores.steps / scores.seconds,
+    }
+
+
+def predict(rows: Sequence[Row], label_names: Sequence[str], logits: Tensor) -> Predictions:
+    return predictions_for(rows, label_names, probabilities_of(logits).numpy())
+
+
+_COSTS = (
+    "trainable_parameters", "total_parameters", "trainable_percent", "adapter_bytes", "train_seconds",
+    "train_tokens", "tokens_per_second", "evaluate_seconds", "evaluate_samples_per_second",
+    "evaluate_steps_per_second", "peak_memory_bytes",
+)  # fmt: skip
+
+
+def record_system(
+    folder: SystemFolder,
+    predictions: Predictions,
+    *,
+    title: str,
+    kind: str,
+    method: str | None = None,
+    seed: int | None = None,
+    cost: dict[str, Any],
+) -> None:
+    """Write a system's predictions and its record; costs that do not apply are null."""
+    predictions.write(folder.predictions)
+    record = {
+        "name": folder.name,
+        "title": title,
+        "kind": kind,
+        "method": method,
+        "seed": seed,
+        "metrics": compute_metrics(predictions),
+        "cost": dict.fromkeys(_COSTS) | cost,
+    }
+    write_json(folder.metrics, record)
+
+
+def read_record(folder: SystemFolder) -> dict[str, Any]:
+    record: dict[str, Any] = read_json(folder.metrics)
+    return {name: record[name] for name in ("name", "title", "kind", "method", "seed", "cost")}
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the accelerator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,94 @@
+"""What this machine has, measured: cores, memory, versions and matrix-multiplication rates."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("trimtab", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors",
+             "scikit-learn", "scipy", "statsmodels", "numpy")  # fmt: skip
+# Rows and sides of a middle-sized layer on a typical batch.
+_ROWS, _INNER, _OUTER = 512, 576, 1536
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, memory and accelerator, as the manifest keeps them."""
+    import psutil
+    import torch
+
+    return {
+        "processor": _processor_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "platform": platform.platform(),
+        "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: platform knows
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> str | None:
+    """Commit of the working folder, with `-dirty` where it has changes; None outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def measure_gemm_rates() -> dict[str, float | None]:
+    """Multiply-adds counted as two, in GFLOP/s (GOP/s for int8), median of 5; None where refused."""
+    import torch
+
+    left, right = torch.randn(_ROWS, _INNER), torch.randn(_OUTER, _INNER)
+    narrow, narrow_right = left.bfloat16(), right.bfloat16()
+    whole = torch.randint(-127, 128, left.shape, dtype=torch.int8)
+    whole_right = torch.randint(-127, 128, right.shape, dtype=torch.int8)
+    work: dict[str, Callable[[], Any]] = {
+        "float32": lambda: left @ right.t(),
+        "bfloat16": lambda: narrow @ narrow_right.t(),
+        "int8": lambda: torch._int_mm(whole, whole_right.t()),
+    }
+    return {name: _rate(run) for name, run in work.items()}
+
+
+def _rate(run: Callable[[], Any]) -> float | None:
+    try:
+        run()
+    except RuntimeError:  # this build or processor has no such kernel
+        return None
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return 2 * _ROWS * _INNER * _OUTER / statistics.median(seconds) / 1e9

@@ -1,0 +1,150 @@
+"""The report as Markdown text: the same numbers and sentences, no plots."""
+
+from __future__ import annotations
+
+import re
+
+from trimtab.report import tables, wording
+from trimtab.report.content import Content
+from trimtab.report.number_format import format_count, format_score
+from trimtab.report.row_changes import ChangedRow, count_confusions, find_changes
+from trimtab.report.tables import Table
+
+_SHOWN_ROWS = 20
+_TEXT_CHARACTERS = 300
+
+
+def render_markdown(content: Content) -> str:
+    """The whole file, ending in a newline."""
+    parts = [f"# Trimtab report: {_plain(content.name)}", f"**{_plain(wording.headline(content))}**"]
+    parts += [_plain(note) for note in wording.notes(content)]
+    for table in (tables.score_table(content), tables.cost_table(content), tables.contrast_table(content)):
+        parts += [f"## {table.caption}", _table(table) if table.lines else "None.", *_legend(table)]
+    parts += _training(content)
+    parts += _confusions(content)
+    parts += _changes(content)
+    parts += ["## Data", _facts(tables.data_facts(content))]
+    for found in (tables.split_table(content), tables.clean_table(content), tables.token_table(content)):
+        if found:
+            parts += [f"### {found.caption}", _table(found)]
+    parts += ["## The saved adapter", _plain(wording.reload_sentence(content))]
+    parts += _reproduction(content)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _training(content: Content) -> list[str]:
+    parts = ["## Training"] if content.trials or content.failures else []
+    for trial in content.trials:
+        parts += [f"### {_plain(trial.title)}", _facts(tables.training_facts(trial))]
+        points = dict(trial.validation_accuracies)
+        rows = [
+            f"| {step:g} | {loss:.4f} | {format_score('accuracy', points.get(step))} |"
+            for step, loss in trial.validation_losses
+        ]
+        if rows:
+            head = ["| step | validation loss | validation accuracy |", "| ---: | ---: | ---: |"]
+            parts.append("\n".join(head + rows))
+    failed = [
+        f"- {_plain(failure.get('trial', ''))}: {_plain(failure.get('reason', ''))}"
+        for failure in content.failures
+    ]
+    return parts + (["### Failed", "\n".join(failed)] if failed else [])
+
+
+def _confusions(content: Content) -> list[str]:
+    """The tuned system's and the base's, or the reference's where nothing was tuned."""
+    wanted = (content.tuned or content.reference, content.base)
+    parts: list[str] = []
+    for confusion in count_confusions(content):
+        if any(confusion.system is system for system in wanted):
+            labels = [_plain(label) for label in confusion.labels]
+            lines = [["true \\ predicted", *labels]]
+            lines += [
+                [label, *map(format_count, counts)]
+                for label, counts in zip(labels, confusion.counts, strict=True)
+            ]
+            parts.append(f"### Confusion matrix: {_plain(confusion.system.title)}")
+            parts.append(_grid(lines, [False] + [True] * len(labels)))
+    return parts
+
+
+def _changes(content: Content) -> list[str]:
+    changes = find_changes(content)
+    if changes is None or not changes.others:
+        return []
+    against = changes.others[0]
+    parts = [f"## Rows that {_plain(changes.tuned.title)} changed, against {_plain(against.title)}"]
+    for word, rows, counts in (
+        ("Fixed", changes.fixed, changes.fixed_counts),
+        ("Broken", changes.broken, changes.broken_counts),
+    ):
+        count = counts[against.name]
+        chosen = [row for row in rows if against.name in row.others][:_SHOWN_ROWS]
+        shown = f", the first {len(chosen)} shown" if len(chosen) < count else ""
+        parts.append(f"### {word}: {format_count(count)}{shown}")
+        if chosen:
+            lines = [["row", "true label", "before", "after", "text"]]
+            lines += [_changed_line(row, against.name) for row in chosen]
+            parts.append(_grid(lines, [False] * 5))
+    return parts
+
+
+def _changed_line(changed: ChangedRow, against: str) -> list[str]:
+    text = (
+        changed.row.text if changed.row.text_pair is None else f"{changed.row.text} ⏵ {changed.row.text_pair}"
+    )
+    if len(text) > _TEXT_CHARACTERS:
+        text = text[:_TEXT_CHARACTERS] + "…"
+    cells = (
+        changed.row.id,
+        changed.tuned.label,
+        changed.others[against].prediction,
+        changed.tuned.prediction,
+        text,
+    )
+    return [_plain(cell) for cell in cells]
+
+
+def _reproduction(content: Content) -> list[str]:
+    parts = ["## How to repeat this"]
+    command = str(content.manifest.get("command") or "")
+    if command:
+        fence = "`" * (max(map(len, re.findall("`+", command)), default=0) + 3)
+        parts.append(f"{fence}\n{command}\n{fence}")
+    parts.append(_facts(tables.manifest_facts(content)))
+    if content.study:
+        parts += ["### The study", _facts([(name, str(value)) for name, value in content.study.items()])]
+    return parts
+
+
+def _table(table: Table) -> str:
+    lines = [[_plain(column.title) for column in table.columns]]
+    for line in table.lines:
+        cells = [
+            _plain(
+                f"{cell.text}{' ' if column.is_number else ': '}{cell.detail}" if cell.detail else cell.text
+            )
+            for column, cell in zip(table.columns, line.cells, strict=True)
+        ]
+        lines.append([f"**{cell}**" if line.kind == "tuned" else cell for cell in cells])
+    return _grid(lines, [column.is_number for column in table.columns])
+
+
+def _legend(table: Table) -> list[str]:
+    return ["\n".join(f"- *{_plain(column.title)}*: {_plain(column.meaning)}" for column in table.legend)]
+
+
+def _grid(lines: list[list[str]], numbers: list[bool]) -> str:
+    rule = ["---:" if is_number else "---" for is_number in numbers]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _facts(facts: list[tuple[str, str]]) -> str:
+    return "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in facts)
+
+
+def _plain(text: object) -> str:
+    """Text on one line that Markdown shows as it is: no markup, table bars or HTML of the user's own."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,148 @@
+"""The sentences of the report: the headline, the notes under it, and what each metric means."""
+
+from __future__ import annotations
+
+from trimtab.report.content import Content, Contrast, System
+from trimtab.report.number_format import (
+    format_contrast,
+    format_count,
+    format_difference,
+    format_p_value,
+    format_score,
+)
+
+METRIC_TITLES = {
+    "accuracy": "Accuracy",
+    "f1": "F1",
+    "precision": "Precision",
+    "recall": "Recall",
+    "loss": "Loss",
+    "brier": "Brier",
+}
+METRIC_WORDS = {"accuracy": "accuracy", "f1": "macro F1", "loss": "loss", "brier": "the Brier score"}
+METRIC_MEANINGS = {
+    "accuracy": "Share of test rows whose predicted label is the true one.",
+    "f1": "Harmonic mean of precision and recall, averaged over the classes with equal weight (macro).",
+    "precision": "Of the rows given a label, the share that truly has it; averaged over the classes.",
+    "recall": "Of the rows that truly have a label, the share that was given it; averaged over the classes.",
+    "loss": "Mean negative log-likelihood of the true label, in nats; lower is better. It punishes being "
+    "sure and wrong.",
+    "brier": "Mean squared distance of the probabilities from the truth, 0 to 2; lower is better.",
+}
+# A headline names the reason; the training section has it whole.
+_REASON_CHARACTERS = 160
+METHOD_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "ia3": "IA³"}
+
+
+def metric_word(metric: str) -> str:
+    return METRIC_WORDS.get(metric, metric)
+
+
+def method_title(method: object) -> str:
+    return METHOD_TITLES.get(str(method), str(method)) if method else "the adapter"
+
+
+def headline(content: Content) -> str:
+    """What tuning bought against the best system that needs none, in one sentence."""
+    tuned, reference = content.tuned, content.reference
+    if tuned is None:
+        return _headline_without_tuning(content)
+    metric, word = content.primary_metric, metric_word(content.primary_metric)
+    subject = f"Tuning with {method_title(tuned.method)}"
+    after = format_score(metric, content.primary(tuned))
+    if reference is None:
+        return f"{subject} reached {word} {after}; no baseline was scored, so what tuning bought is unknown."
+    before = (
+        f"{format_score(metric, content.primary(reference))} ({reference.short_title}, {_without(reference)})"
+    )
+    contrast = content.contrast(tuned, reference)
+    if contrast is None:
+        return f"{subject} took {word} from {before} to {after}; the difference was not tested."
+    verb = _verb(contrast)
+    change = f"{subject} {verb} {word} from {before} to {after}"
+    return f"{change}: {format_contrast(contrast)}, {_verdict(content, contrast)}"
+
+
+def _without(reference: System) -> str:
+    return "no tuning" if reference.kind == "baseline" else "before tuning"
+
+
+def _verb(contrast: Contrast) -> str:
+    """`took` claims nothing: an inconclusive difference was neither raised nor lowered."""
+    if contrast.verdict == "inconclusive" or not contrast.difference:
+        return "took"
+    return "raised" if contrast.difference > 0 else "lowered"
+
+
+def _verdict(content: Content, contrast: Contrast) -> str:
+    rows = f"{format_count(len(content.rows))} rows"
+    if contrast.verdict == "inconclusive":
+        shown = format_difference(contrast.metric, contrast.minimum_detectable_difference, signed=False)
+        return f"inconclusive: this test set of {rows} could have shown a difference of {shown}."
+    p_value = format_p_value(contrast.p_adjusted)
+    p_value = f"p {p_value}" if p_value.startswith("<") else f"p = {p_value}"
+    if contrast.verdict == "better":
+        return f"better ({p_value} after correction, {rows})."
+    if contrast.verdict == "worse":
+        return f"worse ({p_value} after correction, {rows}): this tuning did harm; use the simpler system."
+    return f"{contrast.verdict}."
+
+
+def _headline_without_tuning(content: Content) -> str:
+    reasons = [f"{failure.get('trial')}: {failure.get('reason')}".strip(": ") for failure in content.failures]
+    method = method_title(content.study.get("method")) if content.study.get("method") else "the adapter"
+    if reasons:
+        first = " ".join(reasons[0].split()).rstrip(".")
+        first = first if len(first) <= _REASON_CHARACTERS else first[:_REASON_CHARACTERS] + "…"
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        start = f"Tuning with {method} failed, so there is no tuned system: {first}{more}."
+    else:
+        start = "No tuned system was scored, so there is nothing to say about tuning."
+    if content.reference is None:
+        return start
+    value = format_score(content.primary_metric, content.primary(content.reference))
+    word = metric_word(content.primary_metric)
+    return f"{start} Best without tuning: {content.reference.short_title}, {word} {value}."
+
+
+def notes(content: Content) -> list[str]:
+    """What a reader must know to read the headline rightly."""
+    found = []
+    base, tuned = content.base, content.tuned
+    contrast = content.contrast(tuned, base)
+    if base and contrast and base is not content.reference:
+        found.append(
+            f"Against the {base.title} the difference is {format_contrast(contrast)}. Most tutorials report "
+            "this one; a random head has learnt nothing, so it says little about what tuning bought."
+        )
+    others = sum(system.kind == "tuned" for system in content.systems) - 1
+    if tuned and others > 0:
+        found.append(f"{tuned.title} was chosen among {others + 1} tuned systems by its validation accuracy.")
+    leaked = content.data.get("leaked_test_rows")
+    if leaked:
+        found.append(
+            f"{format_count(leaked)} of {format_count(len(content.rows))} test rows stand in the training "
+            "data too (equal or nearly); the data section has the scores without them."
+        )
+    if content.reload and not content.reload.get("passed"):
+        found.append("The saved adapter did not give the same outputs after reloading: do not use it.")
+    if content.failures and tuned:
+        found.append(f"{len(content.failures)} trial(s) failed; they are listed under training.")
+    return found
+
+
+def reload_sentence(content: Content) -> str:
+    """Whether the adapter on disk is the adapter that was scored."""
+    if not content.reload:
+        return "No adapter was saved and reloaded in this run."
+    largest = content.reload.get("max_abs_logit_difference")
+    shown = f"{largest:.1e}" if isinstance(largest, int | float) else "unknown"
+    if content.reload.get("passed"):
+        return (
+            "The saved adapter was loaded in a fresh process and gave the same outputs: "
+            f"the largest difference of any logit is {shown}."
+        )
+    return (
+        "The saved adapter, loaded in a fresh process, did not give the same outputs: "
+        f"the largest difference of any logit is {shown}."
+    )

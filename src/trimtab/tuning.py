@@ -1,0 +1,167 @@
+"""One trial: attach the adapter, start its head at the linear probe, train, save.
+
+The loop itself is in `engine.loop`; here its parts are chosen from the study.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters import save_adapter, save_logits
+from trimtab.engine.batches import Batch, TrainingPlan
+from trimtab.engine.frozen import freeze_linears, set_adapter_training, trainable_parameters
+from trimtab.engine.loop import Ending, LoopSettings, make_state, train
+from trimtab.engine.memory import keep_freed_memory
+from trimtab.engine.state import TrainingState
+from trimtab.errors import TrainingError
+from trimtab.evaluation.baselines import LinearProbe
+from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
+from trimtab.methods import attach_adapter, get_method, learning_rate_of
+from trimtab.progress import Progress
+from trimtab.runs import TrialFolder, write_json, write_jsonl
+from trimtab.study_config import StudyConfig
+from trimtab.tasks.classification import EncodedRows, classification_loss
+from trimtab.tasks.heads import final_linear
+
+
+@dataclass(frozen=True)
+class TuningData:
+    train: EncodedRows
+    validation: EncodedRows
+    test: EncodedRows
+
+
+def tune(
+    study: StudyConfig,
+    scorer: Scorer,
+    data: TuningData,
+    probe: LinearProbe,
+    trial: TrialFolder,
+    facts: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Train one adapter on the scorer's base; its folder then holds all but the reloaded scores.
+
+    Raises:
+        TrainingError: the loss was no longer finite; the last good adapter is in the folder.
+    """
+    method = get_method(study.method)
+    progress.stage(f"Tuning with {method.title}, seed {study.seed}")
+    keep_freed_memory()
+    torch.manual_seed(study.seed)
+    peft_model = attach_adapter(scorer.base.model, study, scorer.base.new_modules)
+    freeze_linears(peft_model)
+    start_head_at_probe(scorer.base.model, probe)
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    progress.note(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}), head included")
+
+    state = make_state(trainable_parameters(peft_model), study.weight_decay)
+    plan = TrainingPlan(scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs)
+    ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
+    set_adapter_training(peft_model, False)
+
+    adapter_bytes = save_adapter(peft_model, scorer.base.tokenizer, trial, facts)
+    write_jsonl(trial.history, state.history)
+    cost = {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+        "adapter_bytes": adapter_bytes,
+        "train_seconds": state.seconds,
+        "train_tokens": state.tokens,
+        "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    write_json(trial.training, describe_training(study, scorer, peft_model, state, plan, ending, facts) | {"cost": cost})
+    if ending == "not_finite":
+        raise TrainingError(
+            f"the loss was no longer finite at step {state.step + 1} of {len(plan)}; the state of step "
+            f"{state.best_step}, the best on validation, is kept in {trial.adapter}; "
+            f"lower --learning-rate (it was {learning_rate_of(study):g}) and use another --out, or --overwrite"
+        )
+    save_logits(trial.trained_logits, scorer.score(data.test, progress).logits)
+
+
+def start_head_at_probe(model: Any, probe: LinearProbe) -> None:
+    """Set the trained copy of the head's final linear to the probe (LP-FT, Kumar et al. 2022)."""
+    head = final_linear(model)
+    with torch.no_grad():
+        head.weight.copy_(probe.weight)
+        if head.bias is not None and probe.bias is not None:
+            head.bias.copy_(probe.bias)
+
+
+def run_loop(
+    study: StudyConfig,
+    scorer: Scorer,
+    peft_model: Any,
+    state: TrainingState,
+    plan: TrainingPlan,
+    validation: EncodedRows,
+    progress: Progress,
+) -> Ending:
+    """Hand the study's parts to the loop."""
+    device = scorer.base.device
+    forward = scorer.choice.forward
+    labels = torch.tensor([example.label for example in validation.examples])
+
+    def compute_loss(batch: Batch) -> Tensor:
+        batch = batch.to(device)
+        return classification_loss(forward(batch), batch.labels)
+
+    def validate() -> dict[str, float]:
+        set_adapter_training(peft_model, False)
+        logits = scorer.score(validation).logits
+        set_adapter_training(peft_model, True)
+        accuracy = float((logits.argmax(-1) == labels).double().mean())
+        figures = {"loss": float(classification_loss(logits, labels)), "accuracy": accuracy}
+        start = " (the linear probe)" if state.step == 0 else ""
+        progress.note(
+            f"step {state.step}/{len(plan)}{start}: validation loss {figures['loss']:.4f}, accuracy {accuracy:.1%}"
+        )
+        return figures
+
+    def on_step(state: TrainingState, figures: dict[str, float]) -> None:
+        shown = {name: figures[name] for name in ("loss", "tokens_per_second")}
+        progress.advance(state.step, len(plan), "steps", **shown)
+
+    settings = LoopSettings(
+        learning_rate=learning_rate_of(study),
+        warmup_ratio=study.warmup_ratio,
+        max_grad_norm=study.max_grad_norm,
+        steps_between_validations=max(1, round(plan.steps_per_epoch / study.evaluations_per_epoch)),
+        early_stopping_patience=study.early_stopping_patience,
+    )
+    set_adapter_training(peft_model, True)
+    return train(state, plan, compute_loss, validate, settings, on_step)
+
+
+def describe_training(
+    study: StudyConfig,
+    scorer: Scorer,
+    peft_model: Any,
+    state: TrainingState,
+    plan: TrainingPlan,
+    ending: Ending,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """What the report says about how this trial was trained."""
+    config = peft_model.peft_config["default"]
+    return {
+        "title": f"{get_method(study.method).title.split(' (')[0]}, tuned",
+        "label_names": facts["label_names"],
+        "ending": ending,
+        "steps": state.step,
+        "planned_steps": len(plan),
+        "best_step": state.best_step,
+        "learning_rate": learning_rate_of(study),
+        "target_modules": sorted(config.target_modules) if config.target_modules else [],
+        "modules_to_save": sorted(set(config.modules_to_save or [])),
+        "forward": "packed" if scorer.choice.forward.packed else "padded",
+        "forward_reason": scorer.choice.reason,
+        "precision": study.precision,
+    }
