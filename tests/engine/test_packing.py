@@ -142,15 +142,7 @@ def test_windows_shorter_than_a_text_are_kept(tiny_model, family):
         )
 
 
-def test_a_window_that_packing_cannot_keep_is_found_by_the_probe(tiny_model):
-    """GPT-Neo hides its local window from the attention function; texts within it pack all the same."""
-    assert choose_forward(tiny_model("gpt_neo", window_size=64), 0, 64, False).forward.packed
-    choice = choose_forward(tiny_model("gpt_neo", window_size=16), 0, 64, False)
-    assert not choice.forward.packed
-    assert "differ from lone ones" in choice.reason
-
-
-@pytest.mark.parametrize("family", ["mpnet"])
+@pytest.mark.parametrize("family", ["mpnet", "gpt_neo"])
 def test_a_model_that_ignores_packing_is_padded_and_says_why(tiny_model, family):
     model = tiny_model(family)
     choice = choose_forward(model, 0, 64, False)

@@ -15,9 +15,9 @@ ATTACK = (
 # Rows that tuning fixes and breaks against the linear probe, of 200.
 CHANGES = {"better": (26, 4), "inconclusive": (16, 10), "worse": (3, 24)}
 BASELINES = [
-    ("majority", "majority class", "baseline", None),
-    ("tfidf", "TF-IDF + logistic regression", "baseline", 0.76),
-    ("probe", "linear probe (frozen base)", "baseline", 0.80),
+    ("majority-class", "majority class", "baseline", None),
+    ("tfidf-logistic-regression", "TF-IDF + logistic regression", "baseline", 0.76),
+    ("linear-probe", "linear probe (frozen base)", "baseline", 0.80),
     ("untrained-head", "untrained head", "base", 0.49),
 ]
 _WORDS = [
@@ -67,7 +67,7 @@ class RunWriter:
 
     def add_tuned(self, verdict: str) -> None:
         """A tuned system that fixes and breaks as many of the probe's rows as the verdict needs."""
-        probe = self.correct["probe"]
+        probe = self.correct["linear-probe"]
         fixed, broken = CHANGES[verdict]
         wrong = [i for i, right in enumerate(probe) if not right][:fixed]
         right = [i for i, right in enumerate(probe) if right][:broken]
@@ -81,7 +81,7 @@ class RunWriter:
         }
         self.add_system("lora-s0", "LoRA, tuned", "tuned", correct, costs)
         for name, _, _, _ in BASELINES:
-            self._add_contrast("lora-s0", name, verdict if name == "probe" else "better")
+            self._add_contrast("lora-s0", name, verdict if name == "linear-probe" else "better")
         folder = self.run.trial("lora", 0)
         folder.adapter.mkdir()
         self.add_history("lora-s0", "finished")
@@ -177,6 +177,9 @@ class RunWriter:
             "ending": ending,
             "best_step": 90,
             "steps": 120,
+            "planned_steps": 140,
+            "title": "LoRA, tuned",
+            "cost": {"trainable_parameters": 462_336},
             "learning_rate": 0.0005,
             "target_modules": ["q_proj", "v_proj"],
             "forward": "packed",
@@ -215,7 +218,10 @@ class RunWriter:
                 "data": rows | leaks,
                 "systems": self.systems,
                 "contrasts": self.contrasts,
-                "reload": {} if self.failures else {"max_abs_logit_difference": 1.2e-7, "passed": True},
+                "reload": {
+                    "max_abs_logit_difference": None if self.failures else 1.2e-7,
+                    "passed": not self.failures,
+                },
                 "failures": self.failures,
             },
         )

@@ -69,13 +69,15 @@ def test_failed_tuning_is_the_headline(new_run: NewRun) -> None:
     run = writer.finish()
     write_report(run)
     expected = (
-        "Tuning with LoRA failed, so there is no tuned system: lora-s0: the loss is no longer finite at step 41; "
+        "Tuning with LoRA failed, so there is no tuned system: the loss is no longer finite at step 41; "
         "lower the learning_rate (0.5). Best without tuning: linear probe, accuracy "
     )
     markdown = run.report_markdown.read_text(encoding="utf-8").replace("\\", "")
     assert expected in page_text(run)
     assert expected in markdown
     assert "the loss was no longer finite" in page_text(run)
+    assert "No adapter was saved, reloaded and compared" in page_text(run)
+    assert "do not use it" not in page_text(run)
     assert "raised" not in page_text(run)
     assert "Rows fixed and broken" not in page_text(run)
 
@@ -85,8 +87,8 @@ def test_headline_compares_with_the_best_baseline_and_not_with_the_untrained_hea
     writer.add_tuned("better")
     content = read_content(writer.finish())
     assert content.reference is not None
-    assert content.reference.name == "probe"
-    without_probe = [system for system in content.systems if system.name != "probe"]
+    assert content.reference.name == "linear-probe"
+    without_probe = [system for system in content.systems if system.name != "linear-probe"]
     assert "TF-IDF + logistic regression, no tuning" in headline(
         dataclasses.replace(content, systems=without_probe)
     )
@@ -175,11 +177,13 @@ def test_fixed_and_broken_rows_are_counted_in_full_and_cut_in_the_page(new_run: 
     writer.add_tuned("better")
     changes = find_changes(read_content(writer.finish()), shown_rows=5)
     assert changes is not None
-    assert changes.others[0].name == "probe"
-    assert (changes.fixed_counts["probe"], changes.broken_counts["probe"]) == (26, 4)
-    shown = [changed for changed in changes.fixed if "probe" in changed.others]
+    assert changes.others[0].name == "linear-probe"
+    assert (changes.fixed_counts["linear-probe"], changes.broken_counts["linear-probe"]) == (26, 4)
+    shown = [changed for changed in changes.fixed if "linear-probe" in changed.others]
     assert len(shown) == 5
-    assert all(changed.tuned.is_correct and not changed.others["probe"].is_correct for changed in shown)
+    assert all(
+        changed.tuned.is_correct and not changed.others["linear-probe"].is_correct for changed in shown
+    )
 
 
 def test_markdown_shows_twenty_of_the_fixed_rows(new_run: NewRun) -> None:

@@ -101,7 +101,7 @@ def test_search_filters_both_lists(
 ) -> None:
     writer = new_run()
     writer.add_tuned("better")
-    probe, tuned = writer.correct["probe"], writer.correct["lora-s0"]
+    probe, tuned = writer.correct["linear-probe"], writer.correct["lora-s0"]
     fixed = next(
         i for i, (before, after) in enumerate(zip(probe, tuned, strict=True)) if after and not before
     )
@@ -149,7 +149,7 @@ def test_confusion_matrix_follows_its_select(
     page = open_report(writer)
     left = page.locator(".confusion-side").first
     assert left.locator("caption:visible").inner_text() == "untrained head"
-    left.locator("select").select_option("majority")
+    left.locator("select").select_option("majority-class")
     assert left.locator("caption:visible").inner_text() == "majority class"
     zeros = [row.label for row in writer.rows].count(0)
     assert left.locator("td:visible").all_inner_texts() == [

@@ -106,6 +106,8 @@ def choose_forward(model: Any, pad_token_id: int, max_length_tokens: int, type_i
     try:
         attention.register()
         model.set_attn_implementation(attention.IMPLEMENTATION)
+        if model.config._attn_implementation != attention.IMPLEMENTATION:  # transformers only logs it
+            raise NotImplementedError(f"{type(model).__name__} takes no registered attention")
         difference = _probe(model, offset, pad_token_id, max_length_tokens, type_ids, stock)
         if not difference <= PROBE_TOLERANCE:
             reason = f"packed texts differ from lone ones by {difference:.1e}"

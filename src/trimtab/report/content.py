@@ -176,9 +176,11 @@ def read_content(run: RunFolder) -> Content:
         _system(record, titles[record["name"]], folders.get(record["name"]), rows)
         for record in comparison.get("systems") or []
     ]
+    metric = str(comparison.get("primary_metric") or "accuracy")
+    systems.sort(key=lambda system: _place(system, metric))
     return Content(
         name=str(comparison.get("study") or run.path.name),
-        primary_metric=str(comparison.get("primary_metric") or "accuracy"),
+        primary_metric=metric,
         study=_read_study(run.study),
         manifest=_read_mapping(run.manifest),
         data=(comparison.get("data") or {}) | _read_mapping(run.data_summary),
@@ -189,6 +191,14 @@ def read_content(run: RunFolder) -> Content:
         rows=rows,
         trials=_trials(run, systems, comparison.get("failures") or []),
     )
+
+
+def _place(system: System, metric: str) -> tuple[int, float]:
+    """Baselines from worst to best, then base and tuned beside each other in the order given."""
+    kinds = ("baseline", "base", "tuned")
+    kind = kinds.index(system.kind) if system.kind in kinds else len(kinds)
+    value = (system.scores[metric].value if metric in system.scores else None) or 0.0
+    return kind, (-value if metric in LOWER_IS_BETTER else value) if system.kind == "baseline" else 0.0
 
 
 def finite(value: Any) -> float | None:
@@ -249,7 +259,7 @@ def _predictions(path: Path, rows: Sequence[Row]) -> list[Prediction]:
     lines = list(read_jsonl(path))
     if [str(line.get("id")) for line in lines] != [row.id for row in rows]:
         raise DataError(
-            f"{path}: {len(lines)} predictions are not about the {len(rows)} rows of test.jsonl in its order; "
+            f"{path}: {len(lines)} predictions are not about the {len(rows)} rows of test.jsonl, in order; "
             "score this system again"
         )
     predictions = []
@@ -289,20 +299,21 @@ def _trials(run: RunFolder, systems: Sequence[System], failures: Sequence[Any]) 
             folder = run.trial(method, int(seed))
             folders.setdefault(folder.name, folder)
     titles = {system.name: system.title for system in systems}
-    return [_trial(folder, titles.get(name, name)) for name, folder in folders.items()]
+    return [_trial(folder, titles.get(name)) for name, folder in folders.items()]
 
 
-def _trial(folder: TrialFolder, title: str) -> Trial:
+def _trial(folder: TrialFolder, title: str | None) -> Trial:
     history = list(read_jsonl(folder.history)) if folder.history.is_file() else []
 
     def points(name: str) -> list[tuple[float, float]]:
         found = [(finite(line.get("step")), finite(line.get(name))) for line in history]
         return [(step, value) for step, value in found if step is not None and value is not None]
 
+    training = _read_mapping(folder.training)
     return Trial(
         name=folder.name,
-        title=title,
-        training=_read_mapping(folder.training),
+        title=title or str(training.get("title") or folder.name),
+        training=training,
         losses=points("loss"),
         validation_losses=points("validation_loss"),
         validation_accuracies=points("validation_accuracy"),

@@ -19,7 +19,7 @@ from trimtab.report.number_format import (
 )
 
 # Longer texts are cut in the page (whole in test.jsonl), and folded above the smaller number.
-_TEXT_CHARACTERS = 4000
+_TEXT_CHARACTERS = 2000
 _FOLDED_CHARACTERS = 260
 
 
@@ -72,6 +72,7 @@ def render_html(content: Content) -> str:
         notes=wording.notes(content),
         cards=_cards(content),
         scores=tables.score_table(content),
+        system_facts=tables.system_facts(content),
         costs=tables.cost_table(content),
         contrasts=tables.contrast_table(content),
         score_figure=Markup(figures.score_figure(content)),

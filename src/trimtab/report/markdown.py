@@ -20,6 +20,11 @@ def render_markdown(content: Content) -> str:
     parts += [_plain(note) for note in wording.notes(content)]
     for table in (tables.score_table(content), tables.cost_table(content), tables.contrast_table(content)):
         parts += [f"## {table.caption}", _table(table) if table.lines else "None.", *_legend(table)]
+    parts += (
+        ["## What each system is", _facts(tables.system_facts(content))]
+        if tables.system_facts(content)
+        else []
+    )
     parts += _training(content)
     parts += _confusions(content)
     parts += _changes(content)

@@ -9,7 +9,7 @@ from trimtab.data.rows import Row
 from trimtab.report.content import Content, Prediction, System
 
 # Per direction and compared system, in the page; predictions.jsonl holds them all.
-SHOWN_ROWS = 300
+SHOWN_ROWS = 200
 
 
 @dataclass(frozen=True)

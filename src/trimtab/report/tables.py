@@ -23,7 +23,7 @@ from trimtab.report.number_format import (
     format_seconds,
     format_share,
 )
-from trimtab.report.wording import METRIC_MEANINGS, METRIC_TITLES, metric_word
+from trimtab.report.wording import METRIC_MEANINGS, METRIC_TITLES, SYSTEM_MEANINGS, TUNED_MEANING, metric_word
 
 SPLITS = ("train", "validation", "test")
 
@@ -100,7 +100,7 @@ _COSTS: list[tuple[str, str, Callable[[float | None], str], str]] = [
         format_count,
         "Numbers that training changes.",
     ),
-    ("trainable_percent", "Trainable", format_percent, "Their share of all parameters of the model."),
+    ("trainable_percent", "Trainable share", format_percent, "Their share of all parameters of the model."),
     ("train_seconds", "Training (s)", format_seconds, "Wall time of the training, validation included."),
     (
         "tokens_per_second",
@@ -233,6 +233,8 @@ def clean_table(content: Content) -> Table | None:
     return Table("Scores without the test rows that stand in the training data too", columns, lines)
 
 
+# The costs and titles of a trial stand in the tables of systems.
+_SHOWN_ELSEWHERE = frozenset({"cost", "title", "label_names"})
 _ENDINGS = {
     "finished": "ran to its end",
     "early_stop": "stopped early: validation no longer improved",
@@ -248,19 +250,22 @@ def training_facts(trial: Trial) -> list[tuple[str, str]]:
         ending = str(training.pop("ending"))
         facts.append(("Ending", _ENDINGS.get(ending, ending)))
     if "steps" in training:
-        best = (
-            f", best on validation at {training.pop('best_step')}"
-            if training.get("best_step") is not None
-            else ""
-        )
-        facts.append(("Steps", f"{training.pop('steps')}{best}"))
+        facts.append(("Steps", _step_words(training)))
     if "forward" in training:
         reason = f" ({training.pop('forward_reason')})" if training.get("forward_reason") else ""
         facts.append(("Forward pass", f"{training.pop('forward')}{reason}"))
     for name, value in training.items():
-        if value not in (None, "", [], {}):
+        if name not in _SHOWN_ELSEWHERE and value not in (None, "", [], {}):
             facts.append((_sentence_case(name), plain_value(name, value)))
     return facts
+
+
+def _step_words(training: dict[str, Any]) -> str:
+    steps, planned, best = (training.pop(name, None) for name in ("steps", "planned_steps", "best_step"))
+    words = f"{steps} of {planned}" if planned is not None else str(steps)
+    if best == 0:
+        return f"{words}; the start (the linear probe) was best on validation, and is what was kept"
+    return words if best is None else f"{words}; the state of step {best}, the best on validation, was kept"
 
 
 def manifest_facts(content: Content) -> list[tuple[str, str]]:
@@ -270,7 +275,11 @@ def manifest_facts(content: Content) -> list[tuple[str, str]]:
         if name in ("command", "seconds") or value in (None, "", [], {}):
             continue
         if isinstance(value, dict):
-            text = "; ".join(f"{key} {plain_value(key, inner)}" for key, inner in value.items())
+            text = "; ".join(
+                f"{_plain_name(key)} {plain_value(key, inner)}"
+                for key, inner in value.items()
+                if inner is not None
+            )
             facts.append((_sentence_case(name), text))
         else:
             facts.append((_sentence_case(name), plain_value(name, value)))
@@ -282,6 +291,14 @@ def manifest_facts(content: Content) -> list[tuple[str, str]]:
     return facts
 
 
+def system_facts(content: Content) -> list[tuple[str, str]]:
+    """What each system is, for those that Trimtab makes itself."""
+    known = SYSTEM_MEANINGS | {
+        system.name: TUNED_MEANING for system in content.systems if system.kind == "tuned"
+    }
+    return [(system.title, known[system.name]) for system in content.systems if system.name in known]
+
+
 def data_facts(content: Content) -> list[tuple[str, str]]:
     data = content.data
     counts = [(split, finite(data.get(f"{split}_rows"))) for split in SPLITS]
@@ -289,7 +306,10 @@ def data_facts(content: Content) -> list[tuple[str, str]]:
     facts = [("Rows", ", ".join(rows))] if rows else []
     if finite(data.get("duplicate_rows")) is not None:
         facts.append(
-            ("Duplicates", f"{format_count(data['duplicate_rows'])} rows repeat another row of their split")
+            (
+                "Duplicates",
+                f"{format_count(data['duplicate_rows'])} training rows are equal or nearly equal to an earlier one",
+            )
         )
     if finite(data.get("leaked_test_rows")) is not None:
         share = format_share(data["leaked_test_rows"], len(content.rows))
@@ -318,6 +338,10 @@ def plain_value(name: str, value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
+def _plain_name(name: str) -> str:
+    return name.removesuffix("_bytes").replace("seconds", "time").replace("_", " ")
+
+
 def _sentence_case(name: str) -> str:
-    text = name.removesuffix("_bytes").replace("seconds", "time").replace("_", " ")
+    text = _plain_name(name)
     return (text[:1].upper() + text[1:]).replace("sha256", "SHA-256")

@@ -29,6 +29,15 @@ METRIC_MEANINGS = {
     "sure and wrong.",
     "brier": "Mean squared distance of the probabilities from the truth, 0 to 2; lower is better.",
 }
+SYSTEM_MEANINGS = {
+    "majority-class": "Always gives the most frequent label of the training rows; the least that counts.",
+    "tfidf-logistic-regression": "A linear classifier on word frequencies: no neural network, fitted in "
+    "seconds.",
+    "linear-probe": "A linear classifier on what the frozen base model makes of each text: what the base "
+    "already knows, without tuning it.",
+    "untrained-head": "The base model with a random classification head: what tutorials call “before”.",
+}
+TUNED_MEANING = "The base model with the trained adapter and head, loaded again from the saved files."
 # A headline names the reason; the training section has it whole.
 _REASON_CHARACTERS = 160
 METHOD_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "ia3": "IA³"}
@@ -89,7 +98,7 @@ def _verdict(content: Content, contrast: Contrast) -> str:
 
 
 def _headline_without_tuning(content: Content) -> str:
-    reasons = [f"{failure.get('trial')}: {failure.get('reason')}".strip(": ") for failure in content.failures]
+    reasons = [str(failure.get("reason")) for failure in content.failures]
     method = method_title(content.study.get("method")) if content.study.get("method") else "the adapter"
     if reasons:
         first = " ".join(reasons[0].split()).rstrip(".")
@@ -124,19 +133,22 @@ def notes(content: Content) -> list[str]:
             f"{format_count(leaked)} of {format_count(len(content.rows))} test rows stand in the training "
             "data too (equal or nearly); the data section has the scores without them."
         )
-    if content.reload and not content.reload.get("passed"):
+    if reload_was_measured(content) and not content.reload.get("passed"):
         found.append("The saved adapter did not give the same outputs after reloading: do not use it.")
     if content.failures and tuned:
         found.append(f"{len(content.failures)} trial(s) failed; they are listed under training.")
     return found
 
 
+def reload_was_measured(content: Content) -> bool:
+    return content.reload.get("max_abs_logit_difference") is not None
+
+
 def reload_sentence(content: Content) -> str:
     """Whether the adapter on disk is the adapter that was scored."""
-    if not content.reload:
-        return "No adapter was saved and reloaded in this run."
-    largest = content.reload.get("max_abs_logit_difference")
-    shown = f"{largest:.1e}" if isinstance(largest, int | float) else "unknown"
+    if not reload_was_measured(content):
+        return "No adapter was saved, reloaded and compared in this run."
+    shown = f"{content.reload['max_abs_logit_difference']:.1e}"
     if content.reload.get("passed"):
         return (
             "The saved adapter was loaded in a fresh process and gave the same outputs: "
