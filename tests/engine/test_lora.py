@@ -23,7 +23,8 @@ def make_model(kind: str = "llama", **settings: Any) -> Any:
     torch.manual_seed(0)
     if kind == "llama":
         base: Any = LlamaModel(LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                           num_key_value_heads=2, intermediate_size=48, vocab_size=50))  # fmt: skip
+                                           num_key_value_heads=2, intermediate_size=48,
+                                           vocab_size=50))  # fmt: skip
         targets = ["q_proj", "v_proj", "down_proj"]
     else:
         base = GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16,
@@ -43,7 +44,7 @@ def output_and_gradients(model: Any) -> list[Tensor]:
 def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert len(ours) == len(theirs) > 4
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -72,10 +73,11 @@ def test_equals_peft_given_the_same_dropped_elements() -> None:
     keep, scale = draw_keep_mask(torch.Size((14, 32)), 0.3, x.device)
     assert 0 < int(keep.sum()) < keep.numel()
     dropped = x * keep.view(2, 7, 32) * scale
-    twin = layer.base_layer(x) + layer.lora_B.default(layer.lora_A.default(dropped)) * layer.scaling["default"]
+    change = layer.lora_B.default(layer.lora_A.default(dropped))
+    twin = layer.base_layer(x) + change * layer.scaling["default"]
     ours, theirs = torch.autograd.grad(y, inputs, y_grad), torch.autograd.grad(twin, inputs, y_grad)
     for a, b in zip((y, *ours), (twin, *theirs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.detach().abs().max()))
     assert not torch.allclose(layer(x), y)  # another mask
     layer.eval()
     torch.testing.assert_close(layer(x), PeftLinear.forward(layer, x), rtol=1e-5, atol=1e-6)
@@ -99,11 +101,10 @@ def test_mask_keeps_at_the_rate_everywhere(dropout: float) -> None:
 
 
 def test_other_layers_go_through_peft() -> None:
-    for settings in ({"use_dora": True}, {"lora_bias": False, "r": 2}):
-        plain = make_model(**settings)
-        fast = copy.deepcopy(plain)
-        speed_up_lora(fast)
-        assert_equal(output_and_gradients(fast), output_and_gradients(plain))
+    plain = make_model(use_dora=True)
+    fast = copy.deepcopy(plain)
+    speed_up_lora(fast)
+    assert_equal(output_and_gradients(fast), output_and_gradients(plain))
 
 
 def test_peft_switches_merges_and_saves(tmp_path: Path) -> None:

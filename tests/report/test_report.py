@@ -136,7 +136,9 @@ def test_every_system_contrast_and_cost_is_in_both_outputs(new_run: NewRun) -> N
 
 def test_user_text_cannot_become_markup(new_run: NewRun) -> None:
     writer = new_run([ATTACK, "fine"])
-    writer.rows = [dataclasses.replace(row, text=f"{ATTACK} | {row.text}") for row in writer.rows]
+    writer.rows = [
+        dataclasses.replace(row, text=f"{ATTACK} | [1, 2](javascript:x) {row.text}") for row in writer.rows
+    ]
     run = finished(writer)
     page = run.report_html.read_text(encoding="utf-8")
     assert page.count("<script>") == page.count("</script>") == 1
@@ -145,6 +147,7 @@ def test_user_text_cannot_become_markup(new_run: NewRun) -> None:
     markdown = run.report_markdown.read_text(encoding="utf-8")
     assert "<script" not in markdown
     assert "<img" not in markdown
+    assert r"\[1, 2\](javascript:x)" in markdown
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if "| test:" in line}
     assert widths == {6}
 
@@ -229,6 +232,7 @@ def test_loss_as_the_primary_metric_has_no_points_and_prefers_the_lowest(new_run
     write_json(run.comparison, comparison)
     write_report(run)
     assert re.search(
-        r"lowered loss from 0\.\d+ \(linear probe, no tuning\) to 0\.\d+: −0\.110 \[−0\.154, −0\.066\], better",
+        r"lowered loss from 0\.\d+ \(linear probe, no tuning\) to 0\.\d+: "
+        r"−0\.110 \[−0\.154, −0\.066\], better",
         page_text(run),
     )

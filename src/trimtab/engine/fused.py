@@ -43,7 +43,9 @@ def _mix_in(module: nn.Module, mixin: type) -> None:
 
 
 def _agree(ours: Tensor, stock: Any) -> bool:
-    return isinstance(stock, Tensor) and ours.shape == stock.shape and bool((ours - stock).abs().max() <= _TOLERANCE)
+    if not isinstance(stock, Tensor) or ours.shape != stock.shape:
+        return False
+    return bool((ours - stock).abs().max() <= _TOLERANCE)
 
 
 def _example(features: int, device: torch.device) -> Tensor:
@@ -74,25 +76,27 @@ class FastRMSNorm(nn.Module):
         if hidden_states.dtype != torch.float32 or self.weight.requires_grad:
             stock: Tensor = super().forward(hidden_states)
             return stock
-        result: Tensor = _RMSNormFunction.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+        weight, epsilon = self.weight, self.variance_epsilon
+        result: Tensor = _RMSNormFunction.apply(hidden_states, weight, epsilon)  # type: ignore[no-untyped-call]
         return result
 
 
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        mean_square: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean_square.add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
         grad = grad * weight
         along_x = torch.linalg.vecdot(grad, x).unsqueeze(-1)
-        return grad.mul_(inverse).addcmul_(x, inverse.pow(3).mul_(along_x), value=-1.0 / x.shape[-1]), None, None
+        per_row = inverse.pow(3).mul_(along_x)
+        return grad.mul_(inverse).addcmul_(x, per_row, value=-1.0 / x.shape[-1]), None, None
 
 
 class _TinySwiGLU(nn.Module):
@@ -113,7 +117,7 @@ class _Scale(nn.Module):
         return x * self.factor
 
 
-def _is_swiglu(module: nn.Module) -> bool:
+def _is_swiglu(module: Any) -> bool:
     names = {"gate_proj", "up_proj", "down_proj", "act_fn"}
     if {name for name, _ in module.named_children()} != names or isinstance(module, FastSwiGLU):
         return False
@@ -124,7 +128,7 @@ def _is_swiglu(module: nn.Module) -> bool:
         return False
     x = _example(8, torch.device("cpu"))
     try:
-        stock = type(module).forward(_TinySwiGLU(module.act_fn), x)  # type: ignore[arg-type]
+        stock = type(module).forward(_TinySwiGLU(module.act_fn), x)
     except Exception:  # the class computes something else
         return False
     return _agree(3.0 * (F.silu(x) * (-2.0 * x)), stock)
@@ -158,7 +162,7 @@ class _GatedFunction(torch.autograd.Function):
         return F.silu(gate).mul_(up).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         gate, up, gate_weight, up_weight = ctx.saved_tensors
         shape = grad.shape

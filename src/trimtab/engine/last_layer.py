@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.engine import attention
 from trimtab.tasks.heads import backbone_of
 
 # Largest difference from the plain twin, relative to the states' largest value.
@@ -25,7 +26,7 @@ _rows: ContextVar[Tensor | None] = ContextVar("pooled rows", default=None)
 
 @contextmanager
 def only_rows(rows: Tensor) -> Iterator[None]:
-    """Within: a model prepared by `limit_last_layer` returns the states of these tokens of its one sequence."""
+    """Within, a model prepared by `limit_last_layer` returns the states of these tokens of its sequence."""
     token = _rows.set(rows)
     try:
         yield
@@ -68,7 +69,8 @@ def _last_layer(backbone: Any) -> Any:
     layer: Any = layers[-1]
     names = {name for name, _ in layer.named_children()}
     if names == {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
-        return layer if hasattr(layer.self_attn, "o_proj") and not isinstance(layer, _LastLlamaLayer) else None
+        fits = hasattr(layer.self_attn, "o_proj") and not isinstance(layer, _LastLlamaLayer)
+        return layer if fits else None
     if names == {"attention", "intermediate", "output"}:
         output = getattr(layer.attention, "output", None)
         return layer if output is not None and not output._forward_pre_hooks else None
@@ -103,8 +105,8 @@ def _honours_rows(model: Any) -> bool:
     device = next(model.parameters()).device
     ids = torch.arange(4, device=device).unsqueeze(0)
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": ids}
-    if model.config._attn_implementation == "trimtab_packed":
-        inputs["packed_runs"] = [(1, 4)]
+    if model.config._attn_implementation == attention.IMPLEMENTATION:
+        inputs["packed_runs"] = [attention.Run(1, 4)]
     if getattr(model.config, "use_cache", False):
         inputs["use_cache"] = False
     rows = torch.tensor([0, 3], device=device)

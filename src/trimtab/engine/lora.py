@@ -66,7 +66,9 @@ class FastLoraLinear(PeftLinear):  # type: ignore[misc]
         if type(dropout) not in (nn.Dropout, nn.Identity) or lora_b.bias is not None:
             return None
         tensors = (x, base.weight, lora_a.weight, lora_b.weight)
-        if any(tensor.dtype != torch.float32 for tensor in tensors) or torch.is_autocast_enabled(x.device.type):
+        if any(tensor.dtype != torch.float32 for tensor in tensors):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
             return None
         if any(parameter.requires_grad for parameter in base.parameters()):
             return None
@@ -116,7 +118,7 @@ class _LoraFunction(torch.autograd.Function):
         return output.addmm_(small, lora_b.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, keep, small, weight, lora_a, lora_b = ctx.saved_tensors
         shape = grad.shape

@@ -178,6 +178,9 @@ def read_content(run: RunFolder) -> Content:
     ]
     metric = str(comparison.get("primary_metric") or "accuracy")
     systems.sort(key=lambda system: _place(system, metric))
+    places = {system.name: place for place, system in enumerate(systems)}
+    contrasts = [_contrast(record) for record in comparison.get("contrasts") or []]
+    contrasts.sort(key=lambda found: (places.get(found.system, 0), places.get(found.against, 0)))
     return Content(
         name=str(comparison.get("study") or run.path.name),
         primary_metric=metric,
@@ -185,7 +188,7 @@ def read_content(run: RunFolder) -> Content:
         manifest=_read_mapping(run.manifest),
         data=(comparison.get("data") or {}) | _read_mapping(run.data_summary),
         systems=systems,
-        contrasts=[_contrast(record) for record in comparison.get("contrasts") or []],
+        contrasts=contrasts,
         reload=comparison.get("reload") or {},
         failures=[_failure(record) for record in comparison.get("failures") or []],
         rows=rows,

@@ -152,4 +152,6 @@ def _plain(text: object) -> str:
     """Text on one line that Markdown shows as it is: no markup, table bars or HTML of the user's own."""
     line = " ".join(str(text).split())
     line = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)
+    # An interval is no link, unless what makes it one follows.
+    line = re.sub(r"\\\[(−?[\d.,]+, −?[\d.,]+)\\\](?![(\[:])", r"[\1]", line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

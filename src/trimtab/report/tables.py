@@ -130,15 +130,19 @@ def cost_table(content: Content) -> Table:
     return Table("What each system cost", [_SYSTEM, *columns], lines)
 
 
+_INTERVAL_MEANING = (
+    "From resampling the test rows, rows of one group together where the study names a group column. "
+    "With zero inside, no difference is shown."
+)
+
+
 def contrast_table(content: Content) -> Table:
     columns = [
         Column(
             "Contrast", "Two systems on the same rows; the difference is the first minus the second.", False
         ),
         Column("Difference", "Of the metric; in percentage points where the metric is a percentage."),
-        Column(
-            "95 % interval", "From resampling the test rows 10,000 times. Zero inside: no clear difference."
-        ),
+        Column("95 % interval", _INTERVAL_MEANING),
         Column("p", "How often so large a difference would come up if the two systems were equally good."),
         Column("p, Holm", "The same, corrected for the number of contrasts claimed together."),
         Column("Detectable", "The smallest difference that this test set would show four times in five."),
@@ -305,12 +309,8 @@ def data_facts(content: Content) -> list[tuple[str, str]]:
     rows = [f"{format_count(count)} {split}" for split, count in counts if count is not None]
     facts = [("Rows", ", ".join(rows))] if rows else []
     if finite(data.get("duplicate_rows")) is not None:
-        facts.append(
-            (
-                "Duplicates",
-                f"{format_count(data['duplicate_rows'])} training rows are equal or nearly equal to an earlier one",
-            )
-        )
+        text = f"{format_count(data['duplicate_rows'])} training rows repeat another, exactly or nearly"
+        facts.append(("Duplicates", text))
     if finite(data.get("leaked_test_rows")) is not None:
         share = format_share(data["leaked_test_rows"], len(content.rows))
         text = f"{format_count(data['leaked_test_rows'])} test rows ({share}) stand in train too, or nearly"

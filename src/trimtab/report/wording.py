@@ -148,7 +148,8 @@ def reload_sentence(content: Content) -> str:
     """Whether the adapter on disk is the adapter that was scored."""
     if not reload_was_measured(content):
         return "No adapter was saved, reloaded and compared in this run."
-    shown = f"{content.reload['max_abs_logit_difference']:.1e}"
+    largest = content.reload["max_abs_logit_difference"]
+    shown = f"{largest:.1e}" if largest else "0"
     if content.reload.get("passed"):
         return (
             "The saved adapter was loaded in a fresh process and gave the same outputs: "

@@ -1,0 +1,147 @@
+"""Every format gives the same rows; labels keep their names; splits are stratified, grouped and seeded."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections import Counter
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trimtab.data import prepare_data, read_rows, write_rows
+from trimtab.data.reading import read_file, read_source
+from trimtab.progress import Silent
+from trimtab.study_config import build_study
+
+ROWS = [{"text": f'a "quoted", text\nnumber {i}' if i == 3 else f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
+
+
+def as_csv(delimiter):
+    import csv
+    import io
+
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, ["text", "label"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return out.getvalue().encode()
+
+
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", as_csv(",")),
+        ("a.tsv", as_csv("\t")),
+        ("a.jsonl", JSONL),
+        ("bom.csv", b"\xef\xbb\xbf" + as_csv(",")),
+        ("a.csv.gz", gzip.compress(as_csv(","))),
+        ("a.jsonl.bz2", bz2.compress(JSONL)),
+        ("a.jsonl.xz", lzma.compress(JSONL)),
+        ("a.jsonl.zst", pa.compress(JSONL, codec="zstd", asbytes=True)),
+    ],
+)
+def test_formats(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    table = read_file(path)
+    assert table.rows == ROWS
+    assert table.place(2).endswith(f"{name}:{3 if 'jsonl' in name else 4}")
+
+
+def test_parquet_and_saved_dataset_and_folder(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert read_file(tmp_path / "a.parquet").rows == ROWS
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    saved = datasets.Dataset.from_list([row | {"label": "ab".index(row["label"])} for row in ROWS], features=features)
+    datasets.DatasetDict({"train": saved, "validation": saved.select(range(4))}).save_to_disk(tmp_path / "saved")
+    splits = read_source(str(tmp_path / "saved"), Silent()).splits
+    assert splits["train"].rows == ROWS
+    assert len(splits["validation"].rows) == 4
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_bytes(JSONL)
+    (tmp_path / "folder" / "dev.csv").write_bytes(as_csv(","))
+    splits = read_source(str(tmp_path / "folder"), Silent()).splits
+    assert splits.keys() == {"train", "validation"}
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def prepare(tmp_path, rows, **settings):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = Notes()
+    return prepare_data(build_study({"train_data": str(path)} | settings), notes), notes.notes
+
+
+def test_labels_and_guesses(tmp_path):
+    rows = [{"Sentence": f"s{i}", "Category": [10, 9, 2][i % 3]} for i in range(90)]
+    data, notes = prepare(tmp_path, rows)
+    assert data.label_names == ["2", "9", "10"]  # numbers in their order, not as text
+    assert any("'Sentence'" in note and "--text-column" in note for note in notes)
+    assert any("'Category'" in note for note in notes)
+
+
+def test_splits_are_stratified_disjoint_and_seeded(tmp_path):
+    rows = [{"text": f"text number {i}", "label": "rare" if i % 5 == 0 else "often"} for i in range(500)]
+    data, _ = prepare(tmp_path, rows)
+    again, _ = prepare(tmp_path, rows)
+    other, _ = prepare(tmp_path, rows, seed=1)
+    ids = [{row.id for row in split} for split in (data.train, data.validation, data.test)]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == 500
+    assert len(data.test) == 50
+    assert 44 <= len(data.validation) <= 46
+    for split in (data.train, data.validation, data.test):
+        assert Counter(row.label for row in split)[1] / len(split) == pytest.approx(0.2, abs=0.03)
+    assert again.sha256 == data.sha256 != other.sha256
+    limited, _ = prepare(tmp_path, rows, max_train_rows=100, max_test_rows=20)
+    assert (len(limited.train), len(limited.test)) == (100, 20)
+    assert {row.id for row in limited.test} <= ids[2]
+
+
+def test_groups_stay_in_one_split(tmp_path):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2], "film": f"f{i // 7}"} for i in range(700)]
+    data, _ = prepare(tmp_path, rows, group_column="film")
+    groups = [{row.group for row in split} for split in (data.train, data.validation, data.test)]
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+    assert not groups[1] & groups[2]
+    assert sum(map(len, groups)) == 100
+
+
+def test_given_splits_are_used_as_given(tmp_path):
+    test = tmp_path / "given.csv"
+    test.write_text("text,label\nx,a\ny,b\nz,b\n")
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(60)]
+    data, _ = prepare(tmp_path, rows, test_data=str(test), validation_data=str(test))
+    assert [(row.text, row.label) for row in data.test] == [("x", 0), ("y", 1), ("z", 1)]
+    assert [row.id for row in data.test] == ["test:2", "test:3", "test:4"]
+    assert len(data.train) == 60
+
+
+def test_near_duplicates_inside_train_and_into_test(tmp_path):
+    long = "the quick brown fox jumps over the lazy dog while the moon is shining brightly over number"
+    rows = [{"text": f"{i} {chr(97 + i % 26) * 3} unrelated words {i * i} {i**3}", "label": "ab"[i % 2]} for i in range(60)]
+    rows += [{"text": long, "label": "a"}, {"text": long.upper() + "!", "label": "a"}]
+    test = tmp_path / "given.csv"
+    test.write_text(f"text,label\n{long}.,a\nnothing of the kind at all,b\n")
+    data, _ = prepare(tmp_path, rows, test_data=str(test), validation_data=str(test))
+    assert data.duplicate_rows == 1
+    assert data.leaked_test_ids == {"test:2"}
+
+
+def test_rows_survive_the_run_folder(tmp_path):
+    data, _ = prepare(tmp_path, ROWS)
+    write_rows(tmp_path / "rows_kept.jsonl", data.test)
+    assert read_rows(tmp_path / "rows_kept.jsonl") == data.test

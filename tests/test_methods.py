@@ -1,0 +1,69 @@
+"""Parameter counts that everybody knows, and targets found in every family."""
+
+import pytest
+from conftest import tiny_config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from trimtab.errors import StudyError
+from trimtab.methods import attach_adapter, find_target_modules, get_method, learning_rate_of
+from trimtab.study_config import build_study
+
+
+def test_gpt2_lora_counts(capsys):
+    import torch
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(GPT2Config())
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=find_target_modules(model, "auto"), fan_in_fan_out=True)
+    get_peft_model(model, config).print_trainable_parameters()
+    assert capsys.readouterr().out.strip() == "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("bert", ["query", "value"]),
+        ("roberta", ["query", "value"]),
+        ("xlm-roberta", ["query", "value"]),
+        ("electra", ["query", "value"]),
+        ("albert", ["query", "value"]),
+        ("distilbert", ["q_lin", "v_lin"]),
+        ("modernbert", ["Wqkv"]),
+        ("gpt2", ["c_attn"]),
+        ("llama", ["q_proj", "v_proj"]),
+        ("qwen2", ["q_proj", "v_proj"]),
+        ("qwen3", ["q_proj", "v_proj"]),
+        ("mistral", ["q_proj", "v_proj"]),
+        ("gemma2", ["q_proj", "v_proj"]),
+        ("gemma3", ["q_proj", "v_proj"]),
+        ("phi3", ["qkv_proj"]),
+        ("opt", ["q_proj", "v_proj"]),
+        ("gpt_neox", ["query_key_value"]),
+        ("olmo2", ["q_proj", "v_proj"]),
+        ("smollm3", ["q_proj", "v_proj"]),
+    ],
+)
+def test_auto_targets(tiny_model, family, expected):
+    model = tiny_model(family)
+    assert find_target_modules(model, "auto") == expected
+    adapted = attach_adapter(model, build_study({}), [])
+    assert any("lora_A" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+
+
+def test_auto_targets_of_granite_and_t5():
+    from transformers import AutoModel, T5Config
+
+    granite = AutoModel.from_config(tiny_config("granite"))
+    assert find_target_modules(granite, "auto") == ["q_proj", "v_proj"]
+    t5 = AutoModel.from_config(T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, vocab_size=50))
+    assert find_target_modules(t5, "auto") == ["q", "v"]
+
+
+def test_named_targets_and_rates(tiny_model):
+    assert find_target_modules(tiny_model("llama"), "k_proj, o_proj") == ["k_proj", "o_proj"]
+    assert find_target_modules(tiny_model("llama"), "all-linear") == "all-linear"
+    assert learning_rate_of(build_study({})) == get_method("lora").learning_rate
+    assert learning_rate_of(build_study({"learning_rate": 1e-3})) == 1e-3
+    with pytest.raises(StudyError, match=r"unknown method 'dorra'; did you mean 'dora'\?"):
+        get_method("dorra")
