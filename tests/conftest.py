@@ -40,7 +40,18 @@ def tiny_config(family: str, **changes: Any) -> Any:
     if family == "gpt2":
         settings = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
                     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
-    if family in ("llama", "qwen2", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "granite"):
+    if family in (
+        "llama",
+        "qwen2",
+        "mistral",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "olmo2",
+        "smollm3",
+        "granite",
+    ):
         settings["num_key_value_heads"] = 2
         settings["max_position_embeddings"] = 128
     if family in ("qwen3", "gemma2", "gemma3"):
@@ -72,7 +83,12 @@ def tiny_model() -> Callable[..., Any]:
     return build
 
 
-_GOOD = ["a joy to watch", "warm, funny and wise", "the best film of the year", "superb acting and a fine story"]
+_GOOD = [
+    "a joy to watch",
+    "warm, funny and wise",
+    "the best film of the year",
+    "superb acting and a fine story",
+]
 _BAD = ["a dull mess", "painfully slow and loud", "the worst film of the year", "weak acting and no story"]
 
 
@@ -121,7 +137,9 @@ def _save_tiny(family: str, folder: Path) -> Path:
                                   trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=special))  # fmt: skip
     if is_encoder:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B [SEP]",
+            special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
         )
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if is_encoder else {"bos_token": "[CLS]", "eos_token": "[SEP]"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", **names)
@@ -134,5 +152,9 @@ def _save_tiny(family: str, folder: Path) -> Path:
 def run_trimtab(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "trimtab", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+        [sys.executable, "-m", "trimtab", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
     )

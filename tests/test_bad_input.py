@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import run_trimtab, write_reviews
 
+from conftest import run_trimtab, write_reviews
 from trimtab.data import prepare_data
 from trimtab.errors import DataError, InputError, RunFolderError, SourceError, StudyError
 from trimtab.progress import Silent
@@ -84,7 +84,9 @@ def test_named_column_is_missing(tmp_path, reviews):
 
 def test_test_label_unseen_in_train(tmp_path, reviews):
     test = write(tmp_path / "test.jsonl", lines({"text": "a", "label": "good"}, {"text": "b", "label": "ugly"}))
-    with pytest.raises(DataError, match=r"test\.jsonl:2: label 'ugly' does not occur in the training rows \(bad, good\)"):
+    with pytest.raises(
+        DataError, match=r"test\.jsonl:2: label 'ugly' does not occur in the training rows \(bad, good\)"
+    ):
         check(tmp_path, test_data=test)
 
 
@@ -205,7 +207,9 @@ def test_the_command_exits_with_2_and_one_line(tmp_path, reviews):
 
 def test_a_hub_data_set_that_cannot_be_had():
     study = build_study({"train_data": "nobody/nothing:config"})
-    with pytest.raises(SourceError, match=r"neither a file or folder here nor to be had from the Hub: HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        SourceError, match=r"neither a file or folder here nor to be had from the Hub: HF_HUB_OFFLINE is set"
+    ):
         prepare_data(study, Silent())
 
 

@@ -1,10 +1,10 @@
 """Parameter counts that everybody knows, and targets found in every family."""
 
 import pytest
-from conftest import tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from conftest import tiny_config
 from trimtab.errors import StudyError
 from trimtab.methods import attach_adapter, find_target_modules, get_method, learning_rate_of
 from trimtab.study_config import build_study
@@ -17,7 +17,9 @@ def test_gpt2_lora_counts(capsys):
         model = AutoModelForCausalLM.from_config(GPT2Config())
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=find_target_modules(model, "auto"), fan_in_fan_out=True)
     get_peft_model(model, config).print_trainable_parameters()
-    assert capsys.readouterr().out.strip() == "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    assert (
+        capsys.readouterr().out.strip() == "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    )
 
 
 @pytest.mark.parametrize(

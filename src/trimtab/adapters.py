@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trimtab.data import read_rows
-from trimtab.engine.frozen import freeze_linears
+from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import ReloadError, SourceError
 from trimtab.evaluation.evaluate import Scorer, make_scorer, predict, read_record, record_system, scoring_cost
 from trimtab.models import load_base
@@ -60,7 +60,7 @@ def load_scorer(study: StudyConfig, trial: TrialFolder, progress: Progress) -> S
     base = load_base(source, facts["label_names"], study.seed)
     scorer = make_scorer(base, study.max_length_tokens, progress)
     peft_model = PeftModel.from_pretrained(base.model, str(trial.adapter))
-    freeze_linears(peft_model)
+    prepare_adapted(peft_model, scorer.choice.forward)
     peft_model.eval()
     return scorer
 

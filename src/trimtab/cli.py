@@ -45,10 +45,8 @@ def _study_flags() -> list[inspect.Parameter]:
         option = typer.Option(
             f"--{name.replace('_', '-')}", help=f"{field.description} [default: {shown}]", show_default=False
         )
-        annotation = Annotated[_flag_type(field.annotation) | None, option]  # type: ignore[operator]
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
+        annotation: Any = Annotated[_flag_type(field.annotation) | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     return parameters
 
 
@@ -77,7 +75,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a t
 @_takes_study_flags
 def run(
     settings: Any,
-    study: Annotated[Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study file; flags override it.")] = None,
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study file; flags override it.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a run folder that is in use.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -148,7 +148,10 @@ def evaluate(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN_OR_PREDICTIONS", help="A run folder (its tuned system) or a predictions.jsonl.")],
+    first: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_PREDICTIONS", help="A run folder (its tuned system) or a predictions.jsonl."),
+    ],
     second: Annotated[Path, typer.Argument(metavar="RUN_OR_PREDICTIONS", help="What is held against the first.")],
     metric: Annotated[str, typer.Option(help="accuracy, f1, precision, recall, loss or brier.")] = "accuracy",
     as_json: AsJson = False,
@@ -216,7 +219,11 @@ def doctor(as_json: AsJson = False) -> None:
     from trimtab.console import show_doctor
     from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
 
-    found = {"versions": package_versions(), "machine": describe_machine(), "gemm_gflops": measure_gemm_rates()}
+    found = {
+        "versions": package_versions(),
+        "machine": describe_machine(),
+        "gemm_gflops": measure_gemm_rates(),
+    }
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -231,5 +238,8 @@ def main() -> None:
         print(f"trimtab: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("trimtab: interrupted; what was finished is kept: the same command goes on from there", file=sys.stderr)
+        print(
+            "trimtab: interrupted; what was finished is kept: the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(1)

@@ -34,7 +34,8 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
 
 def quiet_libraries() -> None:

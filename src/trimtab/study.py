@@ -69,7 +69,11 @@ class Job:
 
 
 def run_study(
-    study: StudyConfig, progress: Progress | None = None, *, overwrite: bool = False, command: list[str] | None = None
+    study: StudyConfig,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
+    command: list[str] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the base, tune, reload, evaluate again, compare, report.
 
@@ -207,7 +211,7 @@ def score_base(job: Job, scorer: Scorer, encoded: TuningData) -> LinearProbe:
     rest = EncodedRows([*encoded.train.examples, *encoded.validation.examples], 0)
     rest_scores = scorer.score(rest, job.progress, features=True)
     assert rest_scores.features is not None and test.features is not None
-    train_features, validation_features = rest_scores.features.split([len(data.train), len(data.validation)])
+    train_features, validation_features = torch.split(rest_scores.features, [len(data.train), len(data.validation)])
 
     started = time.perf_counter()
     probe = fit_linear_probe(
@@ -219,7 +223,10 @@ def score_base(job: Job, scorer: Scorer, encoded: TuningData) -> LinearProbe:
     )
     seconds = time.perf_counter() - started
     parameters = sum(parameter.numel() for parameter in scorer.base.model.parameters())
-    base_cost = scoring_cost(test, len(data.test)) | {"total_parameters": parameters, "peak_memory_bytes": peak_memory_bytes()}
+    base_cost = scoring_cost(test, len(data.test)) | {
+        "total_parameters": parameters,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
     record_system(
         untrained,
         predict(data.test, names, test.logits),
@@ -237,7 +244,11 @@ def score_base(job: Job, scorer: Scorer, encoded: TuningData) -> LinearProbe:
         title="linear probe (frozen base)",
         kind="baseline",
         cost=base_cost
-        | {"trainable_parameters": size, "trainable_percent": 100 * size / parameters, "adapter_bytes": 4 * size}
+        | {
+            "trainable_parameters": size,
+            "trainable_percent": 100 * size / parameters,
+            "adapter_bytes": 4 * size,
+        }
         | {"train_seconds": rest_scores.seconds + seconds, "train_tokens": encoded.train.tokens},
     )
     return probe

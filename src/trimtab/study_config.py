@@ -59,9 +59,7 @@ class StudyConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     evaluations_per_epoch: int = Field(2, ge=1, description="How often validation is scored in an epoch.")
-    early_stopping_patience: int = Field(
-        4, ge=1, description="Stop after this many validations without a better one."
-    )
+    early_stopping_patience: int = Field(4, ge=1, description="Stop after this many validations without a better one.")
     seed: int = Field(0, ge=0, description="Seeds the split, the head, the order of rows and dropout.")
     precision: Precision = Field("float32", description="Number format of the frozen layers.")
     out: str | None = Field(None, description="Run folder; runs/<model>-<data>-<method> if missing.")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from trimtab.adapters import save_adapter, save_logits
 from trimtab.engine.batches import Batch, TrainingPlan
-from trimtab.engine.frozen import freeze_linears, set_adapter_training, trainable_parameters
+from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.engine.loop import Ending, LoopSettings, make_state, train
 from trimtab.engine.memory import keep_freed_memory
+from trimtab.engine.prepare import prepare_adapted
 from trimtab.engine.state import TrainingState
 from trimtab.errors import TrainingError
 from trimtab.evaluation.baselines import LinearProbe
@@ -54,7 +55,7 @@ def tune(
     keep_freed_memory()
     torch.manual_seed(study.seed)
     peft_model = attach_adapter(scorer.base.model, study, scorer.base.new_modules)
-    freeze_linears(peft_model)
+    prepare_adapted(peft_model, scorer.choice.forward)
     start_head_at_probe(scorer.base.model, probe)
     trainable, total = peft_model.get_nb_trainable_parameters()
     progress.note(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}), head included")
@@ -76,7 +77,10 @@ def tune(
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    write_json(trial.training, describe_training(study, scorer, peft_model, state, plan, ending, facts) | {"cost": cost})
+    write_json(
+        trial.training,
+        describe_training(study, scorer, peft_model, state, plan, ending, facts) | {"cost": cost},
+    )
     if ending == "not_finite":
         raise TrainingError(
             f"the loss was no longer finite at step {state.step + 1} of {len(plan)}; the state of step "

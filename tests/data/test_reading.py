@@ -132,7 +132,9 @@ def test_given_splits_are_used_as_given(tmp_path):
 
 def test_near_duplicates_inside_train_and_into_test(tmp_path):
     long = "the quick brown fox jumps over the lazy dog while the moon is shining brightly over number"
-    rows = [{"text": f"{i} {chr(97 + i % 26) * 3} unrelated words {i * i} {i**3}", "label": "ab"[i % 2]} for i in range(60)]
+    rows = [
+        {"text": f"{i} {chr(97 + i % 26) * 3} unrelated words {i * i} {i**3}", "label": "ab"[i % 2]} for i in range(60)
+    ]
     rows += [{"text": long, "label": "a"}, {"text": long.upper() + "!", "label": "a"}]
     test = tmp_path / "given.csv"
     test.write_text(f"text,label\n{long}.,a\nnothing of the kind at all,b\n")

@@ -37,7 +37,9 @@ def test_every_method_saves_merges_and_computes_as_before(tiny_model, family, me
 
     plain = attach_adapter(tiny_model(family), build_study({"method": method, "lora_dropout": 0.0}), [])
     frozen = attach_adapter(tiny_model(family), build_study({"method": method, "lora_dropout": 0.0}), [])
-    weights = {n: torch.randn(p.shape) * 0.1 + (method == "ia3") for n, p in plain.named_parameters() if p.requires_grad}
+    weights = {
+        n: torch.randn(p.shape) * 0.1 + (method == "ia3") for n, p in plain.named_parameters() if p.requires_grad
+    }
     for model in (plain, frozen):
         model.load_state_dict(weights, strict=False)
     assert freeze_linears(frozen) > 0

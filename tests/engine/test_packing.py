@@ -21,7 +21,12 @@ def make_examples(model, lengths=LENGTHS, seed=0):
     generator = torch.Generator().manual_seed(seed)
     last = pools_last_token(model)
     return [
-        Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None, length - 1 if last else 0, i % 3)
+        Example(
+            torch.randint(5, 100, (length,), generator=generator).tolist(),
+            None,
+            length - 1 if last else 0,
+            i % 3,
+        )
         for i, length in enumerate(lengths)
     ]
 

@@ -26,7 +26,9 @@ def make_predictions(rows=300, classes=3, skill=2.0, seed=0, labels=None, names=
     labels = generator.integers(classes, size=rows) if labels is None else labels
     logits = generator.normal(size=(rows, classes)) + skill * np.eye(classes)[labels]
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    return Predictions([f"test:{i}" for i in range(rows)], names or [f"c{i}" for i in range(classes)], labels, probabilities)
+    return Predictions(
+        [f"test:{i}" for i in range(rows)], names or [f"c{i}" for i in range(classes)], labels, probabilities
+    )
 
 
 def test_metrics_are_those_of_scikit_learn():
@@ -119,7 +121,11 @@ def test_verdicts_and_holm():
     }
     resampled = bootstrap_metrics(systems, resamples=2000)
     found = settle(
-        [contrast("tuned", other, metric, systems, resampled) for other in ("weak", "equal") for metric in ("accuracy", "loss")]
+        [
+            contrast("tuned", other, metric, systems, resampled)
+            for other in ("weak", "equal")
+            for metric in ("accuracy", "loss")
+        ]
     )
     verdicts = {(c["against"], c["metric"]): c["verdict"] for c in found}
     assert verdicts[("weak", "accuracy")] == verdicts[("weak", "loss")] == "better"
@@ -158,7 +164,9 @@ def test_predictions_survive_the_file_and_refuse_other_rows(tmp_path):
     np.testing.assert_array_equal(read.probabilities, predictions.probabilities)
     assert read.ids == predictions.ids
     other = make_predictions(19)
-    with pytest.raises(DataError, match=r"one and two are not about the same rows \(20 and 19; 1 ids stand in one only\)"):
+    with pytest.raises(
+        DataError, match=r"one and two are not about the same rows \(20 and 19; 1 ids stand in one only\)"
+    ):
         compare_two(predictions, other, ("one", "two"))
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "label": "c0"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:1: needs id, label and probabilities"):

@@ -9,9 +9,7 @@ from typing import Any
 from trimtab.data.rows import Row, write_rows
 from trimtab.runs import RunFolder, write_json, write_jsonl, write_text
 
-ATTACK = (
-    "</script><script>window.attacked = true</script><img src=http://example.invalid/x.png onerror=attack()>"
-)
+ATTACK = "</script><script>window.attacked = true</script><img src=http://example.invalid/x.png onerror=attack()>"
 # Rows that tuning fixes and breaks against the linear probe, of 200.
 CHANGES = {"better": (26, 4), "inconclusive": (16, 10), "worse": (3, 24)}
 BASELINES = [

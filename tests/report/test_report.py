@@ -89,9 +89,7 @@ def test_headline_compares_with_the_best_baseline_and_not_with_the_untrained_hea
     assert content.reference is not None
     assert content.reference.name == "linear-probe"
     without_probe = [system for system in content.systems if system.name != "linear-probe"]
-    assert "TF-IDF + logistic regression, no tuning" in headline(
-        dataclasses.replace(content, systems=without_probe)
-    )
+    assert "TF-IDF + logistic regression, no tuning" in headline(dataclasses.replace(content, systems=without_probe))
 
 
 def test_headline_is_about_the_seed_that_validation_chose(new_run: NewRun) -> None:
@@ -107,9 +105,7 @@ def test_headline_is_about_the_seed_that_validation_chose(new_run: NewRun) -> No
     assert content.tuned is not None
     assert content.tuned.name == "lora-s0"
     write_report(run)
-    assert "LoRA, tuned (lora-s0) was chosen among 2 tuned systems by its validation accuracy" in page_text(
-        run
-    )
+    assert "LoRA, tuned (lora-s0) was chosen among 2 tuned systems by its validation accuracy" in page_text(run)
 
 
 def test_every_system_contrast_and_cost_is_in_both_outputs(new_run: NewRun) -> None:
@@ -136,9 +132,7 @@ def test_every_system_contrast_and_cost_is_in_both_outputs(new_run: NewRun) -> N
 
 def test_user_text_cannot_become_markup(new_run: NewRun) -> None:
     writer = new_run([ATTACK, "fine"])
-    writer.rows = [
-        dataclasses.replace(row, text=f"{ATTACK} | [1, 2](javascript:x) {row.text}") for row in writer.rows
-    ]
+    writer.rows = [dataclasses.replace(row, text=f"{ATTACK} | [1, 2](javascript:x) {row.text}") for row in writer.rows]
     run = finished(writer)
     page = run.report_html.read_text(encoding="utf-8")
     assert page.count("<script>") == page.count("</script>") == 1
@@ -184,9 +178,7 @@ def test_fixed_and_broken_rows_are_counted_in_full_and_cut_in_the_page(new_run: 
     assert (changes.fixed_counts["linear-probe"], changes.broken_counts["linear-probe"]) == (26, 4)
     shown = [changed for changed in changes.fixed if "linear-probe" in changed.others]
     assert len(shown) == 5
-    assert all(
-        changed.tuned.is_correct and not changed.others["linear-probe"].is_correct for changed in shown
-    )
+    assert all(changed.tuned.is_correct and not changed.others["linear-probe"].is_correct for changed in shown)
 
 
 def test_markdown_shows_twenty_of_the_fixed_rows(new_run: NewRun) -> None:

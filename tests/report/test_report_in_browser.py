@@ -96,22 +96,14 @@ def test_page_fits_the_screen(
     assert page.locator("#training svg").count() == 2
 
 
-def test_search_filters_both_lists(
-    open_report: Callable[..., Any], new_run: Callable[..., RunWriter]
-) -> None:
+def test_search_filters_both_lists(open_report: Callable[..., Any], new_run: Callable[..., RunWriter]) -> None:
     writer = new_run()
     writer.add_tuned("better")
     probe, tuned = writer.correct["linear-probe"], writer.correct["lora-s0"]
-    fixed = next(
-        i for i, (before, after) in enumerate(zip(probe, tuned, strict=True)) if after and not before
-    )
-    broken = next(
-        i for i, (before, after) in enumerate(zip(probe, tuned, strict=True)) if before and not after
-    )
+    fixed = next(i for i, (before, after) in enumerate(zip(probe, tuned, strict=True)) if after and not before)
+    broken = next(i for i, (before, after) in enumerate(zip(probe, tuned, strict=True)) if before and not after)
     for index in (fixed, broken):
-        writer.rows[index] = dataclasses.replace(
-            writer.rows[index], text="a zebra " + "in a film " * 60 + "walks"
-        )
+        writer.rows[index] = dataclasses.replace(writer.rows[index], text="a zebra " + "in a film " * 60 + "walks")
     page = open_report(writer)
     lists = {kind: page.locator(f".change-{kind} li:visible") for kind in ("fixed", "broken")}
     assert (lists["fixed"].count(), lists["broken"].count()) == (26, 4)
@@ -126,9 +118,7 @@ def test_search_filters_both_lists(
     assert (lists["fixed"].count(), lists["broken"].count()) == (0, 0)
 
 
-def test_rows_follow_the_chosen_system(
-    open_report: Callable[..., Any], new_run: Callable[..., RunWriter]
-) -> None:
+def test_rows_follow_the_chosen_system(open_report: Callable[..., Any], new_run: Callable[..., RunWriter]) -> None:
     writer = new_run()
     writer.add_tuned("worse")
     pairs = list(zip(writer.correct["untrained-head"], writer.correct["lora-s0"], strict=True))
@@ -160,9 +150,7 @@ def test_confusion_matrix_follows_its_select(
     ]
 
 
-def test_markup_in_a_row_stays_text(
-    open_report: Callable[..., Any], new_run: Callable[..., RunWriter]
-) -> None:
+def test_markup_in_a_row_stays_text(open_report: Callable[..., Any], new_run: Callable[..., RunWriter]) -> None:
     writer = new_run([ATTACK, "fine"])
     writer.rows = [dataclasses.replace(row, text=f"{ATTACK} {row.text}") for row in writer.rows]
     writer.add_tuned("better")

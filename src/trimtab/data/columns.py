@@ -140,7 +140,5 @@ def to_rows(table: Table, split: str, columns: Columns, names: list[str]) -> lis
 def _text_of(table: Table, index: int, column: str) -> str:
     value = table.rows[index].get(column)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(
-            f"{table.place(index)}: no text in column {column!r} (found {value!r}); fill or remove the row"
-        )
+        raise DataError(f"{table.place(index)}: no text in column {column!r} (found {value!r}); fill or remove the row")
     return value

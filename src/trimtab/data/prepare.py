@@ -119,12 +119,16 @@ def _given_split(
 def _refuse_overlap(study: StudyConfig) -> None:
     for split in ("validation_data", "test_data"):
         if getattr(study, split) == study.train_data and Path(study.train_data).is_file():
-            raise DataError(f"{split} is the training file itself; leave it out, and {split[:-5]} rows are cut from train")
+            raise DataError(
+                f"{split} is the training file itself; leave it out, and {split[:-5]} rows are cut from train"
+            )
 
 
 def _check_classes(train: list[Row], names: list[str]) -> None:
     if len(train) < len(names):
-        raise DataError(f"{len(train)} training rows for {len(names)} classes; raise --max-train-rows or give more rows")
+        raise DataError(
+            f"{len(train)} training rows for {len(names)} classes; raise --max-train-rows or give more rows"
+        )
     lost = [name for number, name in enumerate(names) if number not in {row.label for row in train}]
     if lost:
         raise DataError(

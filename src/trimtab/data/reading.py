@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from trimtab.errors import DataError, SourceError
-from trimtab.sources import PREFIX, locate_data_starter, offline
-from trimtab.starters import Starter
 from trimtab.progress import Progress
+from trimtab.sources import locate_data_starter, offline
+from trimtab.starters import PREFIX, Starter
 
 _SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -98,7 +98,9 @@ def read_file(path: Path) -> Table:
     """One file as a table; the format is told by its name."""
     kind = _format_of(path)
     if kind is None:
-        raise SourceError(f"{path}: format not known by its name; use .csv, .tsv, .jsonl or .parquet (or .gz, .bz2, .xz, .zst of these)")
+        raise SourceError(
+            f"{path}: format not known by its name; use .csv, .tsv, .jsonl or .parquet (or .gz, .bz2, .xz, .zst of these)"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; give a file with a row for each example")
     if kind == "parquet":

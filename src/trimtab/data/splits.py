@@ -25,9 +25,7 @@ def cut_split(rows: Sequence[Row], seed: int, what: str) -> tuple[list[Row], lis
     units = len({row.group for row in rows}) if grouped else min(Counter(labels).values())
     if units < 2:
         kind = "groups" if grouped else "rows of the rarest class"
-        raise DataError(
-            f"too few {kind} ({units}) to cut a {what} split from train; give --{what}-data, or more rows"
-        )
+        raise DataError(f"too few {kind} ({units}) to cut a {what} split from train; give --{what}-data, or more rows")
     splitter = StratifiedGroupKFold if grouped else StratifiedKFold
     folds = splitter(n_splits=min(_FOLDS, units), shuffle=True, random_state=seed)
     kept, cut = next(folds.split(labels, labels, [row.group for row in rows] if grouped else None))

@@ -73,7 +73,7 @@ def packed_attention(
         _attend(*(part.unflatten(2, run).squeeze(0).transpose(0, 1) for part in parts),
                 causal=causal, scaling=scaling, window=sliding_window, softcap=softcap)
         .transpose(1, 2).flatten(0, 1)
-        for run, *parts in zip(packed_runs, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+        for run, *parts in zip(packed_runs, *(torch.split(part, sizes, 2) for part in (query, key, value)), strict=True)
     ]  # fmt: skip
     return torch.cat(outputs).unsqueeze(0), None
 
@@ -109,7 +109,13 @@ def _window_mask(length: int, window: int, causal: bool, device: torch.device) -
 
 
 def _attend_softcapped(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float | None, window: int | None, softcap: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scaling: float | None,
+    window: int | None,
+    softcap: float,
 ) -> Tensor:
     """Scores squashed to (-softcap, softcap) before the softmax (Gemma 2, section 2)."""
     groups = query.shape[1] // key.shape[1]

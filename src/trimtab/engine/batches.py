@@ -163,8 +163,7 @@ class TrainingPlan:
     def __init__(self, collator: Collator, tokens_per_batch: int, seed: int, num_train_epochs: float) -> None:
         self.collator = collator
         epochs = [
-            collator.plan(tokens_per_batch, seed * 1_000_003 + epoch)
-            for epoch in range(math.ceil(num_train_epochs))
+            collator.plan(tokens_per_batch, seed * 1_000_003 + epoch) for epoch in range(math.ceil(num_train_epochs))
         ]
         partial = num_train_epochs - math.floor(num_train_epochs)
         self.steps_per_epoch = len(epochs[0])

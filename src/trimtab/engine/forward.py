@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.engine import attention
 from trimtab.engine.batches import Batch, Collator
+from trimtab.engine.last_layer import only_rows
 from trimtab.tasks.classification import Example
 from trimtab.tasks.heads import backbone_of, final_linear, logits_from_pooled
 
@@ -48,6 +49,7 @@ class PackedForward:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.limited = False  # whether the last layer can leave out what is not pooled
 
     def __call__(self, batch: Batch) -> Tensor:
         logits: Tensor = logits_from_pooled(self.model, self.pooled_states(batch))
@@ -64,6 +66,10 @@ class PackedForward:
         return states
 
     def pooled_states(self, batch: Batch) -> Tensor:
+        """[rows, hidden] at each text's pooled token."""
+        if self.limited:
+            with only_rows(batch.pooled):
+                return self.hidden_states(batch)
         return self.hidden_states(batch).index_select(0, batch.pooled)
 
 
@@ -124,7 +130,7 @@ def _position_offset(model: Any) -> int:
     for name, module in model.named_modules():
         is_position = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
         if is_position and module.padding_idx is not None:
-            return module.padding_idx + 1
+            return int(module.padding_idx) + 1
     return 0
 
 
@@ -139,7 +145,9 @@ def _probe(model: Any, offset: int, pad_token_id: int, max_length_tokens: int, t
     # Two of one length share a run; the longest shows windows that short texts never reach.
     lengths = [3, 7, 7, max(7, max_length_tokens)]
     generator = torch.Generator().manual_seed(0)
-    vocabulary = [token for token in range(min(1000, model.config.get_text_config().vocab_size)) if token != pad_token_id]
+    vocabulary = [
+        token for token in range(min(1000, model.config.get_text_config().vocab_size)) if token != pad_token_id
+    ]
     pools_last = hasattr(model, "score")
     examples = []
     for length in lengths:

@@ -46,8 +46,8 @@ def freeze_linears(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, Conv1D) and _is_frozen(child):
-                weight: Any = child.weight
-                setattr(parent, name, FrozenLinear(weight, child.bias, type(child) is Conv1D))
+                layer: Any = child
+                setattr(parent, name, FrozenLinear(layer.weight, layer.bias, type(child) is Conv1D))
                 replaced += 1
     return replaced
 

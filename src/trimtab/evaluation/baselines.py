@@ -87,7 +87,12 @@ def _labels(rows: Sequence[Row]) -> np.ndarray:
 
 
 def _best_regression(
-    features: Any, labels: Any, held_out: Any, held_out_labels: Any, strengths: Sequence[float], fit_intercept: bool = True
+    features: Any,
+    labels: Any,
+    held_out: Any,
+    held_out_labels: Any,
+    strengths: Sequence[float],
+    fit_intercept: bool = True,
 ) -> Any:
     """The logistic regression with the least validation loss."""
     from sklearn.exceptions import ConvergenceWarning

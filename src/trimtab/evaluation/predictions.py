@@ -36,7 +36,7 @@ class Predictions:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        return self.predicted == self.labels
+        return np.asarray(self.predicted == self.labels, dtype=np.bool_)
 
     @property
     def losses(self) -> Floats:
@@ -94,7 +94,9 @@ def read_predictions(path: Path) -> Predictions:
             ids.append(str(row["id"]))
             labels.append(str(row["label"]))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{path}:{number}: needs id, label and probabilities {{name: number}} ({error!r})") from None
+            raise DataError(
+                f"{path}:{number}: needs id, label and probabilities {{name: number}} ({error!r})"
+            ) from None
         rows.append(probabilities)
         if probabilities.keys() != rows[0].keys() or labels[-1] not in probabilities:
             raise DataError(f"{path}:{number}: its label names are not those of the first line ({', '.join(rows[0])})")

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimtab.evaluation.metrics import METRICS, metrics_from_sums, row_statistics
 from trimtab.evaluation.predictions import Floats, Ints, Predictions
+
+Bools = NDArray[np.bool_]
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -28,7 +31,7 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mcnemar_exact(correct: Floats | np.ndarray, against: Floats | np.ndarray) -> float:
+def mcnemar_exact(correct: Bools, against: Bools) -> float:
     """Two-sided exact p-value that two systems err equally often (McNemar 1947), paired by row."""
     from scipy.stats import binomtest
 

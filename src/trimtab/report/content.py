@@ -142,9 +142,7 @@ class Content:
     def label_names(self) -> list[str]:
         """As data.json has them, then any that only predictions hold."""
         named = [str(name) for name in self.data.get("label_names") or []]
-        seen = {
-            label for system in self.systems for p in system.predictions for label in (p.label, p.prediction)
-        }
+        seen = {label for system in self.systems for p in system.predictions for label in (p.label, p.prediction)}
         return named + sorted(seen - set(named))
 
     def primary(self, system: System) -> float | None:

@@ -62,9 +62,7 @@ def score_figure(content: Content) -> str:
             value = scale * (score.value or 0.0)
             colour = _KINDS.get(system.kind, _INK)
             if score.low is not None and score.high is not None:
-                axes.plot(
-                    [scale * score.low, scale * score.high], [place, place], color=colour, linewidth=2.2
-                )
+                axes.plot([scale * score.low, scale * score.high], [place, place], color=colour, linewidth=2.2)
             axes.plot([value], [place], "o", color=colour, markersize=6.5)
             label = format_score(metric, score.value)
             above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}

@@ -55,11 +55,7 @@ def render_html(content: Content) -> str:
     trials = [
         (
             trial,
-            [
-                Markup(figure)
-                for figure in (figures.loss_figure(trial), figures.validation_figure(trial))
-                if figure
-            ],
+            [Markup(figure) for figure in (figures.loss_figure(trial), figures.validation_figure(trial)) if figure],
         )
         for trial in content.trials
     ]
@@ -104,11 +100,7 @@ def _template_file(name: str) -> str:
 def _unbroken(sentence: str) -> str:
     """A number stays on the line of its unit, and an interval in one piece."""
     space = "\N{NO-BREAK SPACE}"
-    return (
-        sentence.replace(" %", f"{space}%")
-        .replace(" points", f"{space}points")
-        .replace("p = ", f"p{space}={space}")
-    )
+    return sentence.replace(" %", f"{space}%").replace(" points", f"{space}points").replace("p = ", f"p{space}={space}")
 
 
 def _setting(value: Any) -> str:
@@ -122,9 +114,7 @@ def _cards(content: Content) -> list[Card]:
         note = "the base model before any training: its head is random"
         cards.append(_card(content, content.base, "Base", note))
     if content.reference and content.reference is not content.base:
-        cards.append(
-            _card(content, content.reference, "Best without tuning", "the bar that tuning has to clear")
-        )
+        cards.append(_card(content, content.reference, "Best without tuning", "the bar that tuning has to clear"))
     if content.tuned:
         contrast = content.contrast(content.tuned, content.reference)
         note, tone = "not tested against the best without tuning", ""
@@ -133,9 +123,7 @@ def _cards(content: Content) -> list[Card]:
             tone = contrast.verdict
         cards.append(_card(content, content.tuned, "Tuned", note, tone))
     elif content.failures:
-        cards.append(
-            Card("Tuned", "no adapter", "failed", "", None, "see the reason under training", "tuned", "worse")
-        )
+        cards.append(Card("Tuned", "no adapter", "failed", "", None, "see the reason under training", "tuned", "worse"))
     return cards
 
 

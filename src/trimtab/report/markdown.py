@@ -20,11 +20,7 @@ def render_markdown(content: Content) -> str:
     parts += [_plain(note) for note in wording.notes(content)]
     for table in (tables.score_table(content), tables.cost_table(content), tables.contrast_table(content)):
         parts += [f"## {table.caption}", _table(table) if table.lines else "None.", *_legend(table)]
-    parts += (
-        ["## What each system is", _facts(tables.system_facts(content))]
-        if tables.system_facts(content)
-        else []
-    )
+    parts += ["## What each system is", _facts(tables.system_facts(content))] if tables.system_facts(content) else []
     parts += _training(content)
     parts += _confusions(content)
     parts += _changes(content)
@@ -50,8 +46,7 @@ def _training(content: Content) -> list[str]:
             head = ["| step | validation loss | validation accuracy |", "| ---: | ---: | ---: |"]
             parts.append("\n".join(head + rows))
     failed = [
-        f"- {_plain(failure.get('trial', ''))}: {_plain(failure.get('reason', ''))}"
-        for failure in content.failures
+        f"- {_plain(failure.get('trial', ''))}: {_plain(failure.get('reason', ''))}" for failure in content.failures
     ]
     return parts + (["### Failed", "\n".join(failed)] if failed else [])
 
@@ -65,8 +60,7 @@ def _confusions(content: Content) -> list[str]:
             labels = [_plain(label) for label in confusion.labels]
             lines = [["true \\ predicted", *labels]]
             lines += [
-                [label, *map(format_count, counts)]
-                for label, counts in zip(labels, confusion.counts, strict=True)
+                [label, *map(format_count, counts)] for label, counts in zip(labels, confusion.counts, strict=True)
             ]
             parts.append(f"### Confusion matrix: {_plain(confusion.system.title)}")
             parts.append(_grid(lines, [False] + [True] * len(labels)))
@@ -95,9 +89,7 @@ def _changes(content: Content) -> list[str]:
 
 
 def _changed_line(changed: ChangedRow, against: str) -> list[str]:
-    text = (
-        changed.row.text if changed.row.text_pair is None else f"{changed.row.text} ⏵ {changed.row.text_pair}"
-    )
+    text = changed.row.text if changed.row.text_pair is None else f"{changed.row.text} ⏵ {changed.row.text_pair}"
     if len(text) > _TEXT_CHARACTERS:
         text = text[:_TEXT_CHARACTERS] + "…"
     cells = (
@@ -126,9 +118,7 @@ def _table(table: Table) -> str:
     lines = [[_plain(column.title) for column in table.columns]]
     for line in table.lines:
         cells = [
-            _plain(
-                f"{cell.text}{' ' if column.is_number else ': '}{cell.detail}" if cell.detail else cell.text
-            )
+            _plain(f"{cell.text}{' ' if column.is_number else ': '}{cell.detail}" if cell.detail else cell.text)
             for column, cell in zip(table.columns, line.cells, strict=True)
         ]
         lines.append([f"**{cell}**" if line.kind == "tuned" else cell for cell in cells])

@@ -63,9 +63,7 @@ class Table:
         return [column for column in self.columns if column.meaning]
 
 
-_SYSTEM = Column(
-    "System", "Everything that was scored, on the same test rows in the same order.", is_number=False
-)
+_SYSTEM = Column("System", "Everything that was scored, on the same test rows in the same order.", is_number=False)
 
 
 def _system_cell(system: System) -> Cell:
@@ -138,9 +136,7 @@ _INTERVAL_MEANING = (
 
 def contrast_table(content: Content) -> Table:
     columns = [
-        Column(
-            "Contrast", "Two systems on the same rows; the difference is the first minus the second.", False
-        ),
+        Column("Contrast", "Two systems on the same rows; the difference is the first minus the second.", False),
         Column("Difference", "Of the metric; in percentage points where the metric is a percentage."),
         Column("95 % interval", _INTERVAL_MEANING),
         Column("p", "How often so large a difference would come up if the two systems were equally good."),
@@ -172,9 +168,7 @@ def contrast_table(content: Content) -> Table:
 
 
 def _test_word(test: str) -> str:
-    return {"mcnemar_exact": "exact McNemar test", "paired_bootstrap": "paired bootstrap"}.get(
-        test, test or "no test"
-    )
+    return {"mcnemar_exact": "exact McNemar test", "paired_bootstrap": "paired bootstrap"}.get(test, test or "no test")
 
 
 def split_table(content: Content) -> Table | None:
@@ -188,9 +182,7 @@ def split_table(content: Content) -> Table | None:
     totals = {split: sum(counts[split].values()) for split in splits}
     for label in labels:
         found = [(counts[split].get(label, 0), totals[split]) for split in splits]
-        lines.append(
-            Line([Cell(label), *(Cell(format_count(n), format_share(n, whole)) for n, whole in found)])
-        )
+        lines.append(Line([Cell(label), *(Cell(format_count(n), format_share(n, whole)) for n, whole in found)]))
     lines.append(Line([Cell("all"), *(Cell(format_count(totals[split])) for split in splits)], "total"))
     return Table("Rows by label", [Column("Label", is_number=False), *map(Column, splits)], lines)
 
@@ -223,15 +215,11 @@ def clean_table(content: Content) -> Table | None:
     lines = []
     for system in content.systems:
         pair = [system.scores.get(metric), system.clean_scores.get(metric)]
-        shown = [
-            Cell(format_score(metric, s.value if s else None), format_score_interval(metric, s)) for s in pair
-        ]
+        shown = [Cell(format_score(metric, s.value if s else None), format_score_interval(metric, s)) for s in pair]
         change = None
         if pair[0] and pair[1] and pair[0].value is not None and pair[1].value is not None:
             change = pair[1].value - pair[0].value
-        lines.append(
-            Line([_system_cell(system), *shown, Cell(format_difference(metric, change))], system.kind)
-        )
+        lines.append(Line([_system_cell(system), *shown, Cell(format_difference(metric, change))], system.kind))
     title = METRIC_TITLES.get(metric, metric)
     columns = [_SYSTEM, Column(f"{title}, all rows"), Column(f"{title}, clean rows"), Column("Change")]
     return Table("Scores without the test rows that stand in the training data too", columns, lines)
@@ -280,9 +268,7 @@ def manifest_facts(content: Content) -> list[tuple[str, str]]:
             continue
         if isinstance(value, dict):
             text = "; ".join(
-                f"{_plain_name(key)} {plain_value(key, inner)}"
-                for key, inner in value.items()
-                if inner is not None
+                f"{_plain_name(key)} {plain_value(key, inner)}" for key, inner in value.items() if inner is not None
             )
             facts.append((_sentence_case(name), text))
         else:
@@ -297,9 +283,7 @@ def manifest_facts(content: Content) -> list[tuple[str, str]]:
 
 def system_facts(content: Content) -> list[tuple[str, str]]:
     """What each system is, for those that Trimtab makes itself."""
-    known = SYSTEM_MEANINGS | {
-        system.name: TUNED_MEANING for system in content.systems if system.kind == "tuned"
-    }
+    known = SYSTEM_MEANINGS | {system.name: TUNED_MEANING for system in content.systems if system.kind == "tuned"}
     return [(system.title, known[system.name]) for system in content.systems if system.name in known]
 
 
@@ -316,9 +300,7 @@ def data_facts(content: Content) -> list[tuple[str, str]]:
         text = f"{format_count(data['leaked_test_rows'])} test rows ({share}) stand in train too, or nearly"
         facts.append(("Leaked", text))
     if data.get("columns"):
-        facts.append(
-            ("Columns", "; ".join(f"{name}: {value}" for name, value in data["columns"].items() if value))
-        )
+        facts.append(("Columns", "; ".join(f"{name}: {value}" for name, value in data["columns"].items() if value)))
     if data.get("sha256"):
         facts.append(("SHA-256", str(data["sha256"])))
     return facts

@@ -31,8 +31,7 @@ METRIC_MEANINGS = {
 }
 SYSTEM_MEANINGS = {
     "majority-class": "Always gives the most frequent label of the training rows; the least that counts.",
-    "tfidf-logistic-regression": "A linear classifier on word frequencies: no neural network, fitted in "
-    "seconds.",
+    "tfidf-logistic-regression": "A linear classifier on word frequencies: no neural network, fitted in seconds.",
     "linear-probe": "A linear classifier on what the frozen base model makes of each text: what the base "
     "already knows, without tuning it.",
     "untrained-head": "The base model with a random classification head: what tutorials call “before”.",
@@ -61,9 +60,7 @@ def headline(content: Content) -> str:
     after = format_score(metric, content.primary(tuned))
     if reference is None:
         return f"{subject} reached {word} {after}; no baseline was scored, so what tuning bought is unknown."
-    before = (
-        f"{format_score(metric, content.primary(reference))} ({reference.short_title}, {_without(reference)})"
-    )
+    before = f"{format_score(metric, content.primary(reference))} ({reference.short_title}, {_without(reference)})"
     contrast = content.contrast(tuned, reference)
     if contrast is None:
         return f"{subject} took {word} from {before} to {after}; the difference was not tested."

@@ -57,9 +57,7 @@ def encode_rows(
     full_lengths = list(map(len, encoded["input_ids"]))
     truncated = sum(length > max_length_tokens for length in full_lengths)
     if truncated:
-        encoded = tokenizer(
-            texts, pairs, truncation=True, max_length=max_length_tokens, return_attention_mask=False
-        )
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length_tokens, return_attention_mask=False)
     types = encoded.get("token_type_ids")
     examples = []
     for i, (row, ids) in enumerate(zip(rows, encoded["input_ids"], strict=True)):

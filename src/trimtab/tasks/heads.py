@@ -28,20 +28,23 @@ def logits_from_pooled(model: Any, pooled: Tensor) -> Tensor:
     Raises:
         NotImplementedError: the model's head has another build.
     """
-    if hasattr(model, "score"):  # Llama, GPT-2 and every other decoder
-        return model.score(pooled)
+    logits: Tensor
     backbone = backbone_of(model)
-    if hasattr(model, "pre_classifier"):  # DistilBERT
-        return model.classifier(model.pre_classifier(pooled).relu())
-    if hasattr(backbone, "pooler_activation"):  # ALBERT
-        return model.classifier(backbone.pooler_activation(backbone.pooler(pooled)))
-    if getattr(backbone, "pooler", None) is not None:  # BERT
-        return model.classifier(backbone.pooler(pooled.unsqueeze(1)))
-    if hasattr(model, "head") and getattr(model.config, "classifier_pooling", None) == "cls":  # ModernBERT
-        return model.classifier(model.head(pooled))
-    if not isinstance(_unwrap(model.classifier), nn.Linear):  # RoBERTa, XLM-R, ELECTRA
-        return model.classifier(pooled.unsqueeze(1))
-    raise NotImplementedError(f"the head of {type(model).__name__}")
+    if hasattr(model, "score"):  # Llama, GPT-2 and every other decoder
+        logits = model.score(pooled)
+    elif hasattr(model, "pre_classifier"):  # DistilBERT
+        logits = model.classifier(model.pre_classifier(pooled).relu())
+    elif hasattr(backbone, "pooler_activation"):  # ALBERT
+        logits = model.classifier(backbone.pooler_activation(backbone.pooler(pooled)))
+    elif getattr(backbone, "pooler", None) is not None:  # BERT
+        logits = model.classifier(backbone.pooler(pooled.unsqueeze(1)))
+    elif hasattr(model, "head") and getattr(model.config, "classifier_pooling", None) == "cls":  # ModernBERT
+        logits = model.classifier(model.head(pooled))
+    elif not isinstance(_unwrap(model.classifier), nn.Linear):  # RoBERTa, XLM-R, ELECTRA
+        logits = model.classifier(pooled.unsqueeze(1))
+    else:
+        raise NotImplementedError(f"the head of {type(model).__name__}")
+    return logits
 
 
 def _unwrap(module: Any) -> Any:
