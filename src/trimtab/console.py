@@ -167,7 +167,7 @@ def show_doctor(found: dict[str, Any]) -> None:
     out.print(f"[bold]machine[/bold]  {machine['processor']}, {machine['cores']} cores, {machine['instructions']}, "
               f"{machine['memory_bytes'] / 2**30:.1f} GiB, {machine['accelerator'] or 'no GPU'}")  # fmt: skip
     out.print("[bold]versions[/bold] " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
-    table = Table(title="matrix multiplication, measured now", title_justify="left")
+    table = Table(title="GEMM rates, measured now", title_justify="left")
     table.add_column("precision")
     table.add_column("GFLOP/s", justify="right")
     for name, rate in rates.items():

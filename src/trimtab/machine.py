@@ -69,7 +69,7 @@ def git_state() -> str | None:
 
 
 def measure_gemm_rates() -> dict[str, float | None]:
-    """Multiply-adds counted as two, in GFLOP/s (GOP/s for int8), median of 5; None where refused."""
+    """Multiply-adds counted as two, in GFLOP/s (GOP/s for int8), median; None where refused."""
     import torch
 
     left, right = torch.randn(_ROWS, _INNER), torch.randn(_OUTER, _INNER)
@@ -89,8 +89,9 @@ def _rate(run: Callable[[], Any]) -> float | None:
         run()
     except RuntimeError:  # this build or processor has no such kernel
         return None
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    # Half a second is long enough to wake a processor up; slow kernels get three runs.
+    while len(seconds) < 3 or sum(seconds) < 0.5:
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)

@@ -194,7 +194,7 @@ def score_text_baselines(job: Job) -> None:
         job.progress.stage("Fitting TF-IDF + logistic regression")
         started = time.perf_counter()
         probabilities = tfidf_probabilities(data.train, data.validation, data.test)
-        cost = {"train_seconds": time.perf_counter() - started}
+        cost = {"train_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
         predictions = predictions_for(data.test, data.label_names, probabilities)
         record_system(tfidf, predictions, title="TF-IDF + logistic regression", kind="baseline", cost=cost)
 
@@ -210,7 +210,8 @@ def score_base(job: Job, scorer: Scorer, encoded: TuningData) -> LinearProbe:
     job.progress.stage("Scoring the base: train and validation (features for the linear probe)")
     rest = EncodedRows([*encoded.train.examples, *encoded.validation.examples], 0)
     rest_scores = scorer.score(rest, job.progress, features=True)
-    assert rest_scores.features is not None and test.features is not None
+    assert rest_scores.features is not None
+    assert test.features is not None
     train_features, validation_features = torch.split(rest_scores.features, [len(data.train), len(data.validation)])
 
     started = time.perf_counter()

@@ -16,8 +16,10 @@ from torch import Tensor
 from trimtab.engine.attention import Run, runs_of
 from trimtab.tasks.classification import Example
 
-# Padded batches draw texts of like length from pools of this many batches.
+# Texts of like length are sought among the rows of this many batches.
 _POOL_BATCHES = 40
+# Packed texts of one length that stay together: each such group is one call of attention.
+_GROUP_TEXTS = 4
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,26 @@ def _generator(seed: int) -> torch.Generator:
 def _order(lengths: Sequence[int], tokens_per_batch: int, shuffle_seed: int | None, padded: bool) -> list[int]:
     if shuffle_seed is None:
         return sorted(range(len(lengths)), key=lambda row: lengths[row])
-    order: list[int] = torch.randperm(len(lengths), generator=_generator(shuffle_seed)).tolist()
-    if padded and lengths:
-        pool = max(1, int(_POOL_BATCHES * tokens_per_batch / (sum(lengths) / len(lengths))))
-        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-        order = [row for rows in pools for row in sorted(rows, key=lambda row: lengths[row])]
-    return order
+    generator = _generator(shuffle_seed)
+    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    pool = max(1, int(_POOL_BATCHES * tokens_per_batch * len(lengths) / max(1, sum(lengths))))
+    pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+    if padded:
+        return [row for rows in pools for row in sorted(rows, key=lambda row: lengths[row])]
+    return [row for rows in pools for row in _in_groups(rows, lengths, generator)]
+
+
+def _in_groups(rows: list[int], lengths: Sequence[int], generator: torch.Generator) -> list[int]:
+    """Shuffled rows, where those of one length come in groups of `_GROUP_TEXTS`; the groups' order is random."""
+    waiting: dict[int, list[int]] = {}
+    groups: list[list[int]] = []
+    for row in rows:
+        group = waiting.setdefault(lengths[row], [])
+        group.append(row)
+        if len(group) == _GROUP_TEXTS:
+            groups.append(waiting.pop(lengths[row]))
+    groups.extend(waiting.values())
+    return [row for i in torch.randperm(len(groups), generator=generator).tolist() for row in groups[i]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,293 @@
+"""The contenders, each a process of its own: Trimtab's engine, and `Trainer` + `peft`.
+
+`training.py` starts them and gives them turns through their standard input, so that all meet the
+same noise of the machine. What they print is JSON, a line for each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from trimtab.data import PreparedData, prepare_data
+from trimtab.engine.batches import TrainingPlan
+from trimtab.engine.loop import make_state
+from trimtab.engine.memory import keep_freed_memory
+from trimtab.engine.prepare import prepare_adapted
+from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.evaluation.baselines import fit_linear_probe
+from trimtab.evaluation.evaluate import make_scorer
+from trimtab.methods import attach_adapter, learning_rate_of
+from trimtab.models import load_base, quiet_libraries
+from trimtab.progress import Silent
+from trimtab.sources import locate_model
+from trimtab.study_config import StudyConfig, build_study
+from trimtab.tasks.classification import EncodedRows
+from trimtab.tasks.heads import final_linear
+from trimtab.tuning import run_loop, start_head_at_probe
+
+BATCH_ROWS = 16
+WARM_UP_STEPS = 3
+
+
+def say(**figures: Any) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+class Turns:
+    """Counts steps; after each window of them says what it took, and waits for the next turn."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.done = -WARM_UP_STEPS
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def start_step(self) -> None:
+        self.started = time.perf_counter()
+
+    def end_step(self, tokens: int) -> None:
+        seconds = time.perf_counter() - self.started
+        self.done += 1
+        if self.done > 0:
+            self.tokens += tokens
+            self.seconds += seconds
+        if self.done == 0 or (self.done > 0 and self.done % self.steps == 0):
+            say(tokens=self.tokens, seconds=self.seconds)
+            self.tokens, self.seconds = 0, 0.0
+            if sys.stdin.readline().strip() != "go":
+                sys.stdout.flush()
+                os._exit(0)
+
+
+def make_study(arguments: argparse.Namespace) -> StudyConfig:
+    """LoRA r 8 on query and value, alpha 16, dropout 0.05, for both contenders."""
+    return build_study(
+        {
+            "model": arguments.model,
+            "train_data": "starter:rotten-tomatoes",
+            "max_length_tokens": 128,
+            "max_train_rows": 2000,
+            "max_validation_rows": 400,
+            "max_test_rows": 1000,
+            "num_train_epochs": 2,
+            "evaluations_per_epoch": 8,
+            "early_stopping_patience": 100,
+            "seed": arguments.seed,
+        }
+    )
+
+
+def mean_length(encoded: EncodedRows) -> float:
+    return encoded.tokens / len(encoded.examples)
+
+
+class TrimtabContender:
+    def __init__(self, study: StudyConfig, data: PreparedData) -> None:
+        self.study, self.data = study, data
+        base = load_base(locate_model(study.model, Silent()), data.label_names, study.seed)
+        self.scorer = make_scorer(base, study.max_length_tokens, Silent())
+        self.train, self.validation, self.test = map(self.scorer.encode, (data.train, data.validation, data.test))
+        keep_freed_memory()
+
+    def attach(self) -> None:
+        torch.manual_seed(self.study.seed)
+        base = self.scorer.base
+        self.peft_model = attach_adapter(base.model, self.study, base.new_modules)
+        prepare_adapted(self.peft_model, self.scorer.choice.forward)
+        self.state = make_state(trainable_parameters(self.peft_model), self.study.weight_decay)
+        # Half a text over the mean fills the batches to the peer's tokens on average.
+        budget = round((BATCH_ROWS + 0.5) * mean_length(self.train))
+        self.plan = TrainingPlan(self.scorer.collator(self.train), budget, self.study.seed, 2)
+
+    def training_turns(self, turns: Turns) -> None:
+        self.attach()
+        collate = self.plan.__class__.__getitem__
+
+        class TurnPlan(TrainingPlan):
+            """The same batches; asking for one starts the clock of its step."""
+
+            def __getitem__(self, step: int) -> Any:
+                turns.start_step()
+                return collate(self, step)
+
+        self.plan.__class__ = TurnPlan
+        tokens = [sum(len(self.train.examples[row]) for row in rows) for rows in self.plan.steps]
+
+        def on_step(state: Any, figures: dict[str, float]) -> None:
+            turns.end_step(tokens[state.step - 1])
+
+        from trimtab.engine.loop import LoopSettings, train
+        from trimtab.tasks.classification import classification_loss
+
+        forward = self.scorer.choice.forward
+        set_adapter_training(self.peft_model, True)
+        settings = LoopSettings(learning_rate_of(self.study), 0.06, 1.0, 10**9, 10**9)
+        train(
+            self.state,
+            self.plan,
+            lambda batch: classification_loss(forward(batch), batch.labels),
+            lambda: {"loss": 0.0},
+            settings,
+            on_step,
+        )
+
+    def evaluation_turn(self, rows: int) -> tuple[int, float]:
+        scores = self.scorer.score(EncodedRows(self.test.examples[:rows], 0))
+        return scores.tokens, scores.seconds
+
+    def learn(self) -> dict[str, Any]:
+        """Everything from the loaded base on counts: features, probe, validation, steps."""
+        started = time.perf_counter()
+        rest = EncodedRows([*self.train.examples, *self.validation.examples], 0)
+        features = self.scorer.score(rest, features=True).features
+        assert features is not None
+        train_features, validation_features = torch.split(features, [len(self.data.train), len(self.data.validation)])
+        probe = fit_linear_probe(
+            train_features,
+            [row.label for row in self.data.train],
+            validation_features,
+            [row.label for row in self.data.validation],
+            has_bias=final_linear(self.scorer.base.model).bias is not None,
+        )
+        self.attach()
+        start_head_at_probe(self.scorer.base.model, probe)
+        reached: list[tuple[float, float]] = []
+
+        class Listener(Silent):
+            def note(self, text: str) -> None:
+                reached.append((time.perf_counter() - started, float(text.rpartition("accuracy ")[2][:-1]) / 100))
+
+        run_loop(self.study, self.scorer, self.peft_model, self.state, self.plan, self.validation, Listener())
+        set_adapter_training(self.peft_model, False)
+        seconds = time.perf_counter() - started
+        logits = self.scorer.score(self.test).logits
+        return {"seconds": seconds, "validation": reached, "predicted": logits.argmax(-1).tolist()}
+
+
+class TrainerContender:
+    """What people run: `transformers.Trainer` on a `peft` model, float32, padded to each batch's longest."""
+
+    def __init__(self, study: StudyConfig, data: PreparedData, grouped: bool) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+        self.study, self.grouped = study, grouped
+        location = locate_model(study.model, Silent()).location
+        torch.manual_seed(study.seed)
+        self.tokenizer = AutoTokenizer.from_pretrained(location)
+        model = AutoModelForSequenceClassification.from_pretrained(location, dtype=torch.float32)
+        config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05)
+        self.model = get_peft_model(model, config)
+        self.splits = {name: self.encode(getattr(data, name)) for name in ("train", "validation", "test")}
+        self.labels = {name: [row.label for row in getattr(data, name)] for name in self.splits}
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+
+    def encode(self, rows: Any) -> Any:
+        import datasets
+
+        encoded = self.tokenizer([row.text for row in rows], truncation=True, max_length=128)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        return datasets.Dataset.from_dict({**encoded, "labels": [row.label for row in rows], "length": lengths})
+
+    def trainer(self, callbacks: list[Any], collator: Any) -> Any:
+        from transformers import Trainer, TrainingArguments
+
+        arguments = TrainingArguments(
+            output_dir=os.path.join(os.environ.get("TMPDIR", "/tmp"), "trimtab-benchmark"),
+            per_device_train_batch_size=BATCH_ROWS,
+            per_device_eval_batch_size=BATCH_ROWS,
+            num_train_epochs=2,
+            learning_rate=learning_rate_of(self.study),
+            lr_scheduler_type="cosine",
+            warmup_steps=0.06,
+            seed=self.study.seed,
+            train_sampling_strategy="group_by_length" if self.grouped else "random",
+            length_column_name="length",
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        return Trainer(
+            self.model, arguments, train_dataset=self.splits["train"], data_collator=collator, callbacks=callbacks
+        )
+
+    def training_turns(self, turns: Turns) -> None:
+        from transformers import TrainerCallback
+
+        tokens: list[int] = []
+
+        class Callback(TrainerCallback):  # type: ignore[misc]
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                turns.start_step()
+
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                turns.end_step(tokens[state.global_step - 1])
+
+        def collate(rows: list[dict[str, Any]]) -> Any:
+            tokens.append(sum(len(row["input_ids"]) for row in rows))
+            return self.collator(rows)
+
+        self.trainer([Callback()], collate).train()
+
+    def evaluation_turn(self, rows: int) -> tuple[int, float]:
+        if not hasattr(self, "predictor"):
+            self.predictor = self.trainer([], self.collator)
+        part = self.splits["test"].select(range(rows))
+        started = time.perf_counter()
+        self.predictor.predict(part)
+        return sum(part["length"]), time.perf_counter() - started
+
+    def learn(self) -> dict[str, Any]:
+        """Only its training counts; scoring happens outside of the clock."""
+        trainer = self.trainer([], self.collator)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        predicted = {name: trainer.predict(self.splits[name]).predictions.argmax(-1) for name in ("validation", "test")}
+        right = sum(
+            int(p == label) for p, label in zip(predicted["validation"], self.labels["validation"], strict=True)
+        )
+        accuracy = right / len(self.labels["validation"])
+        return {"seconds": seconds, "validation": [(seconds, accuracy)], "predicted": predicted["test"].tolist()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("contender", choices=["trimtab", "dynamic", "grouped"])
+    parser.add_argument("work", choices=["train", "evaluate", "learn"])
+    parser.add_argument("--model", default="starter:minilm-l6")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=4, help="steps, or rows, in a turn")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    study = make_study(arguments)
+    data = prepare_data(study, Silent())
+    contender: Any
+    if arguments.contender == "trimtab":
+        contender = TrimtabContender(study, data)
+    else:
+        contender = TrainerContender(study, data, arguments.contender == "grouped")
+    if arguments.work == "learn":
+        say(**contender.learn(), labels=[row.label for row in data.test])
+    elif arguments.work == "train":
+        contender.training_turns(Turns(arguments.size))
+    else:
+        while True:
+            tokens, seconds = contender.evaluation_turn(arguments.size)
+            say(tokens=tokens, seconds=seconds)
+            if sys.stdin.readline().strip() != "go":
+                break
+
+
+if __name__ == "__main__":
+    main()

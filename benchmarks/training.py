@@ -1,0 +1,171 @@
+"""Trimtab beside `Trainer` + `peft`: throughput in turns, wall time to the peer's accuracy, accuracy.
+
+    python benchmarks/training.py                         everything (about an hour on two cores)
+    python benchmarks/training.py --only throughput       a few minutes
+    python benchmarks/training.py --models starter:minilm-l6 --seeds 0 1 2
+
+Writes benchmarks/results/*.json; `docs/performance.md` quotes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.evaluation.predictions import Predictions
+from trimtab.evaluation.comparison import compare_two
+from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
+
+CONTENDERS = ("trimtab", "dynamic", "grouped")
+TURNS = 5
+# Parameters in linear layers: a frozen base costs 2 of these a token forward and 2 backward.
+LINEAR_PARAMETERS = {"starter:smollm2-135m": 106.2e6, "starter:minilm-l6": 10.6e6}
+STEPS = {"starter:smollm2-135m": 4, "starter:minilm-l6": 12}
+RESULTS = Path(__file__).parent / "results"
+
+
+class Worker:
+    """One contender in a process of its own, waiting for its turn."""
+
+    def __init__(self, contender: str, work: str, model: str, size: int, seed: int = 0) -> None:
+        here = Path(__file__).with_name("contenders.py")
+        command = [
+            sys.executable,
+            str(here),
+            contender,
+            work,
+            "--model",
+            model,
+            "--size",
+            str(size),
+            "--seed",
+            str(seed),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise SystemExit(f"a contender ended without an answer: {self.process.args!r}")
+
+    def turn(self) -> float:
+        """Tokens a second of one window."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self.read()
+        return float(answer["tokens"] / answer["seconds"])
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def measure_throughput(model: str, work: str, size: int) -> dict[str, Any]:
+    """Medians of real tokens a second, and ratios taken turn by turn."""
+    workers = {}
+    for name in CONTENDERS:  # one warms up at a time
+        if work == "evaluate" and name == "grouped":
+            continue
+        workers[name] = Worker(name, work, model, size)
+        workers[name].read()
+    rates: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(TURNS):
+        for name, worker in workers.items():
+            rates[name].append(worker.turn())
+    for worker in workers.values():
+        worker.stop()
+    found: dict[str, Any] = {"tokens_per_second": {n: statistics.median(r) for n, r in rates.items()}, "turns": rates}
+    for peer in set(rates) - {"trimtab"}:
+        ratios = [ours / theirs for ours, theirs in zip(rates["trimtab"], rates[peer], strict=True)]
+        found[f"ratio_to_{peer}"] = {"median": statistics.median(ratios), "turns": ratios}
+    return found
+
+
+def measure_learning(model: str, seeds: list[int]) -> dict[str, Any]:
+    """Wall time to the grouped peer's final validation accuracy, and both test accuracies, paired."""
+    runs = []
+    ours_all, theirs_all, labels_all = [], [], []
+    for seed in seeds:
+        peer, ours = (Worker(name, "learn", model, 0, seed).read() for name in ("grouped", "trimtab"))
+        target = peer["validation"][-1][1]
+        reached = next((seconds for seconds, accuracy in ours["validation"] if accuracy >= target), None)
+        labels = np.array(peer["labels"])
+        runs.append(
+            {
+                "seed": seed,
+                "peer_seconds": peer["seconds"],
+                "peer_validation_accuracy": target,
+                "trimtab_seconds_to_reach_it": reached,
+                "ratio": None if reached is None else reached / peer["seconds"],
+                "trimtab_seconds": ours["seconds"],
+                "peer_test_accuracy": float(np.mean(labels == peer["predicted"])),
+                "trimtab_test_accuracy": float(np.mean(labels == ours["predicted"])),
+            }
+        )
+        print(f"  {json.dumps(runs[-1])}", flush=True)
+        ours_all += ours["predicted"]
+        theirs_all += peer["predicted"]
+        labels_all += [f"{seed}:{i}" for i in range(len(labels))]
+        runs[-1]["labels"] = labels.tolist()
+    labels = np.concatenate([run.pop("labels") for run in runs])
+    contrast = compare_two(
+        *(_as_predictions(labels_all, labels, p) for p in (theirs_all, ours_all)), ("peer", "trimtab")
+    )
+    return {"runs": runs, "contrast": contrast["contrasts"][0]}
+
+
+def _as_predictions(ids: list[str], labels: Any, predicted: list[int]) -> Predictions:
+    classes = max(int(labels.max()), max(predicted)) + 1
+    names = [str(number) for number in range(classes)]
+    return Predictions(ids, names, labels.astype(np.int64), np.eye(classes)[predicted])
+
+
+def print_throughput(model: str, work: str, found: dict[str, Any], gemm: float) -> None:
+    limit = gemm * 1e9 / (LINEAR_PARAMETERS[model] * (4 if work == "train" else 2))
+    for name, rate in found["tokens_per_second"].items():
+        ratio = found.get(f"ratio_to_{name}")
+        told = f"Trimtab is {ratio['median']:.2f} times as fast" if ratio else ""
+        print(
+            f"  {model} {work} {name:8} {rate:8,.0f} tokens/s  {rate / limit:4.0%} of the GEMM limit  {told}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(LINEAR_PARAMETERS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", choices=["throughput", "learning"])
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    about = {"machine": describe_machine(), "versions": package_versions()}
+    for model in arguments.models:
+        name = model.removeprefix("starter:")
+        if arguments.only != "learning":
+            gemm = measure_gemm_rates()
+            found: dict[str, Any] = {**about, "gemm_gflops": gemm}
+            for work, size in (("train", STEPS[model]), ("evaluate", 10 * STEPS[model])):
+                found[work] = measure_throughput(model, work, size)
+                print_throughput(model, work, found[work], gemm["float32"] or 0)
+            (RESULTS / f"throughput-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        if arguments.only != "throughput":
+            learnt = {**about, **measure_learning(model, arguments.seeds)}
+            (RESULTS / f"learning-{name}.json").write_text(json.dumps(learnt, indent=1) + "\n")
+            print(f"  {model}: {json.dumps(learnt['contrast'])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
