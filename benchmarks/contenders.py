@@ -19,10 +19,10 @@ import torch
 
 from trimtab.data import PreparedData, prepare_data
 from trimtab.engine.batches import TrainingPlan
+from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.engine.loop import make_state
 from trimtab.engine.memory import keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
-from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.evaluation.baselines import fit_linear_probe
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import attach_adapter, learning_rate_of

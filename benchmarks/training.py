@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.evaluation.predictions import Predictions
 from trimtab.evaluation.comparison import compare_two
+from trimtab.evaluation.predictions import Predictions
 from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
 
 CONTENDERS = ("trimtab", "dynamic", "grouped")

@@ -128,7 +128,8 @@ def to_rows(table: Table, split: str, columns: Columns, names: list[str]) -> lis
         if name not in numbers:
             raise DataError(
                 f"{table.place(index)}: label {name!r} does not occur in the training rows "
-                f"({', '.join(names[:10])}{', …' if len(names) > 10 else ''}); add such rows to train, or remove it here"
+                f"({', '.join(names[:10])}{', …' if len(names) > 10 else ''});"
+                " add such rows to train, or remove it here"
             )
         text = _text_of(table, index, columns.text)
         pair = _text_of(table, index, columns.text_pair) if columns.text_pair else None

@@ -99,7 +99,8 @@ def read_file(path: Path) -> Table:
     kind = _format_of(path)
     if kind is None:
         raise SourceError(
-            f"{path}: format not known by its name; use .csv, .tsv, .jsonl or .parquet (or .gz, .bz2, .xz, .zst of these)"
+            f"{path}: format not known by its name; use .csv, .tsv, .jsonl or .parquet "
+            "(or .gz, .bz2, .xz, .zst of these)"
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; give a file with a row for each example")
