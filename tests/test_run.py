@@ -124,7 +124,7 @@ def test_running_the_resolved_file_repeats_the_run_to_the_bit(finished, tmp_path
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert again.trial("lora", 0).predictions.read_bytes() == run.trial("lora", 0).predictions.read_bytes()
-    kept = [{k: v for k, v in c.items()} for c in json.loads(done.stdout)["contrasts"]]
+    kept = json.loads(done.stdout)["contrasts"]
     assert kept == comparison["contrasts"]
 
 

