@@ -48,9 +48,9 @@ def _ia3(study: StudyConfig, target_modules: list[str] | str) -> Any:
 METHODS = {
     method.name: method
     for method in (
-        Method("lora", "LoRA (Hu et al. 2021)", 5e-4, _lora()),
-        Method("rslora", "rank-stabilised LoRA (Kalajdzievski 2023)", 2e-4, _lora(use_rslora=True)),
-        Method("dora", "weight-decomposed LoRA (Liu et al. 2024)", 5e-4, _lora(use_dora=True)),
+        Method("lora", "LoRA (Hu et al. 2021)", 2e-3, _lora()),
+        Method("rslora", "rank-stabilised LoRA (Kalajdzievski 2023)", 1e-3, _lora(use_rslora=True)),
+        Method("dora", "weight-decomposed LoRA (Liu et al. 2024)", 2e-3, _lora(use_dora=True)),
         Method("ia3", "(IA)3 (Liu et al. 2022)", 5e-3, _ia3),
     )
 }

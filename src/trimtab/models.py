@@ -6,6 +6,7 @@ Weights are read here and nowhere else. Where models come from is in `sources`.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    # peft still asks transformers for a name that is about to go; users can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
