@@ -229,23 +229,33 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not valid JSON ({error})") from None
 
 
+def parse_jsonl(lines: Iterable[str], source: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The object on each line of `source`, and the line's number; blank lines are passed over.
+
+    Raises:
+        DataError: a line that is no JSON object, with file and number.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{source}:{number}: not valid JSON ({error}); fix or remove the line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{source}:{number}: expected a JSON object on each line, found {type(row).__name__}")
+        yield row, number
+
+
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in `path`, a line each.
 
     Raises:
-        DataError: no such file, not UTF-8, or a line that is no JSON object (with its number).
+        DataError: no such file, not UTF-8, or as `parse_jsonl`.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not valid JSON ({error}); fix the line") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            for row, _ in parse_jsonl(file, path):
                 yield row
     except FileNotFoundError:
         raise DataError(f"no file {path}") from None

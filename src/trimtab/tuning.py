@@ -5,6 +5,7 @@ The loop itself is in `engine.loop`; here its parts are chosen from the study.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,7 @@ def run_loop(
         learning_rate=learning_rate_of(study),
         warmup_ratio=study.warmup_ratio,
         max_grad_norm=study.max_grad_norm,
-        steps_between_validations=max(1, round(plan.steps_per_epoch / study.evaluations_per_epoch)),
+        steps_between_validations=math.ceil(plan.steps_per_epoch / study.evaluations_per_epoch),
         early_stopping_patience=study.early_stopping_patience,
     )
     set_adapter_training(peft_model, True)

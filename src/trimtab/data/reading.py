@@ -6,7 +6,6 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 from trimtab.errors import DataError, SourceError
 from trimtab.progress import Progress
+from trimtab.runs import parse_jsonl
 from trimtab.sources import locate_data_starter, offline
 from trimtab.starters import PREFIX, Starter
 
@@ -108,7 +108,7 @@ def read_file(path: Path) -> Table:
         return _read_parquet(path)
     try:
         with _open_text(path) as file:
-            pairs = list(_read_jsonl(file, path) if kind == "jsonl" else _read_delimited(file, path, kind))
+            pairs = list(parse_jsonl(file, path) if kind == "jsonl" else _read_delimited(file, path, kind))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block: "
                         f"{error.object[error.start:error.start + 1]!r}); save it as UTF-8") from error  # fmt: skip
@@ -127,19 +127,6 @@ def _open_text(path: Path) -> IO[str]:
         return io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), "utf-8-sig", newline="")
     opener: Callable[..., IO[str]] = _OPENERS.get(suffix, open)
     return opener(path, "rt", encoding="utf-8-sig", newline="")
-
-
-def _read_jsonl(file: IO[str], path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({error}); fix or remove the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object on each line, found {type(row).__name__}")
-        yield row, number
 
 
 def _read_delimited(file: IO[str], path: Path, kind: str) -> Iterator[tuple[dict[str, Any], int]]:
