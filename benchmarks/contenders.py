@@ -135,7 +135,7 @@ class TrimtabContender:
             self.state,
             self.plan,
             lambda batch: classification_loss(forward(batch), batch.labels),
-            lambda: {"loss": 0.0},
+            lambda: {"loss": 0.0, "score": 0.0},
             settings,
             on_step,
         )

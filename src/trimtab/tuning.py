@@ -123,7 +123,7 @@ def run_loop(
         logits = scorer.score(validation).logits
         set_adapter_training(peft_model, True)
         accuracy = float((logits.argmax(-1) == labels).double().mean())
-        figures = {"loss": float(classification_loss(logits, labels)), "accuracy": accuracy}
+        figures = {"loss": float(classification_loss(logits, labels)), "accuracy": accuracy, "score": accuracy}
         start = " (the linear probe)" if state.step == 0 else ""
         progress.note(
             f"step {state.step}/{len(plan)}{start}: validation loss {figures['loss']:.4f}, accuracy {accuracy:.1%}"

@@ -66,7 +66,7 @@ class Trial:
         with torch.no_grad():
             loss = float(self.loss(self.collator.collate(range(60))))
         set_adapter_training(self.peft_model, True)
-        return {"loss": loss}
+        return {"loss": loss, "score": -loss}
 
     def run(self, settings=SETTINGS, **kwargs):
         return train(self.state, self.plan, self.loss, self.validate, settings, **kwargs)
@@ -137,8 +137,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_best_state(tiny_model):
 
 def test_early_stop_keeps_the_best(tiny_model):
     trial = Trial(tiny_model)
-    falling = iter([1.0, 0.5, 0.6, 0.7, 0.8])
-    trial.validate = lambda: {"loss": next(falling)}
+    judged = iter([(0.5, 1.0), (0.7, 0.5), (0.7, 0.6), (0.6, 0.1), (0.9, 0.1)])
+    trial.validate = lambda: dict(zip(("score", "loss"), next(judged), strict=True))
     settings = LoopSettings(5e-3, 0.1, 1.0, steps_between_validations=2, early_stopping_patience=2)
     assert trial.run(settings) == "early_stop"
     assert (trial.state.best_step, trial.state.step) == (2, 6)

@@ -62,7 +62,7 @@ def train(
 
     Args:
         compute_loss: mean loss of a batch, with a graph to the parameters.
-        validate: figures on the validation rows; `loss` decides which state is best.
+        validate: figures on the validation rows; the highest `score` is best, then the least `loss`.
         on_step: called after each step with its figures; may save `state.state_dict()`.
 
     Returns:
@@ -115,10 +115,7 @@ def _step(
 
 def _validate(state: TrainingState, validate: Callable[[], dict[str, float]], settings: LoopSettings) -> None:
     figures = validate()
-    state.history.append({"step": state.step, **{f"validation_{name}": value for name, value in figures.items()}})
-    if figures["loss"] < state.best_loss:
-        state.keep_as_best(figures["loss"])
-    else:
-        state.validations_since_best += 1
-    if not state.best_weights:  # a start that is not finite is still a start
-        state.best_weights = state.copy_weights()
+    state.history.append(
+        {"step": state.step, **{f"validation_{name}": value for name, value in figures.items() if name != "score"}}
+    )
+    state.judge(figures["score"], figures["loss"])

@@ -22,12 +22,13 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     best_step: int = 0
+    best_score: float = float("-inf")
     best_loss: float = float("inf")
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     validations_since_best: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    _NUMBERS = ("step", "tokens", "seconds", "best_step", "best_loss", "validations_since_best")
+    _NUMBERS = ("step", "tokens", "seconds", "best_step", "best_score", "best_loss", "validations_since_best")
 
     def copy_weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -37,9 +38,16 @@ class TrainingState:
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
 
-    def keep_as_best(self, loss: float) -> None:
-        self.best_loss, self.best_step, self.validations_since_best = loss, self.step, 0
-        self.best_weights = self.copy_weights()
+    def judge(self, score: float, loss: float) -> None:
+        """Keep the weights if their validation score is the highest so far; of equal scores, the lesser loss."""
+        if (score, -loss) > (self.best_score, -self.best_loss):
+            self.best_score, self.best_loss = score, loss
+            self.best_step, self.validations_since_best = self.step, 0
+            self.best_weights = self.copy_weights()
+        else:
+            self.validations_since_best += 1
+        if not self.best_weights:  # a start that is not finite is still a start
+            self.best_weights = self.copy_weights()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, in copies: later steps do not change what was taken."""
