@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_trimtab, write_reviews
+from samples import run_trimtab, write_reviews
 from trimtab.data import prepare_data
 from trimtab.errors import DataError, InputError, RunFolderError, SourceError, StudyError
 from trimtab.progress import Silent

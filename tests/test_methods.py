@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from conftest import tiny_config
+from samples import tiny_config
 from trimtab.errors import StudyError
 from trimtab.methods import attach_adapter, find_target_modules, get_method, learning_rate_of
 from trimtab.study_config import build_study

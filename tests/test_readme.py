@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_trimtab, write_reviews
+from samples import run_trimtab, write_reviews
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from conftest import run_trimtab, write_reviews
+from samples import run_trimtab, write_reviews
 from trimtab.errors import ReloadError, SourceError, TrainingError
 from trimtab.runs import RunFolder
 from trimtab.study import run_study

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from conftest import run_trimtab
+from samples import run_trimtab
 from trimtab.data.reading import read_source
 from trimtab.errors import SourceError
 from trimtab.progress import Silent

@@ -1,0 +1,111 @@
+"""What tests are made of: tiny models built from their configs, short reviews, the command itself."""
+
+from __future__ import annotations
+
+import csv
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 120
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 4}  # fmt: skip
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A config of `family` with two layers and a hidden size of 32."""
+    import transformers
+
+    names = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "gpt2": "GPT2", "llama": "Llama",
+             "qwen2": "Qwen2", "mistral": "Mistral", "xlm-roberta": "XLMRoberta", "electra": "Electra",
+             "albert": "Albert", "modernbert": "ModernBert", "qwen3": "Qwen3", "gemma2": "Gemma2",
+             "gemma3": "Gemma3Text", "phi3": "Phi3", "opt": "OPT", "gpt_neox": "GPTNeoX", "olmo2": "Olmo2",
+             "smollm3": "SmolLM3", "granite": "Granite", "mpnet": "MPNet", "gpt_neo": "GPTNeo"}  # fmt: skip
+    settings: dict[str, Any] = _SMALL | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family == "distilbert":
+        settings = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
+    if family == "gpt2":
+        settings = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128,
+                    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+    if family in (
+        "llama",
+        "qwen2",
+        "mistral",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "olmo2",
+        "smollm3",
+        "granite",
+    ):
+        settings["num_key_value_heads"] = 2
+        settings["max_position_embeddings"] = 128
+    if family in ("qwen3", "gemma2", "gemma3"):
+        settings["head_dim"] = 8
+    if family == "opt":
+        settings |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+    if family == "gpt_neo":
+        settings |= {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    return getattr(transformers, f"{names[family]}Config")(**(settings | changes))
+
+
+_GOOD = [
+    "a joy to watch",
+    "warm, funny and wise",
+    "the best film of the year",
+    "superb acting and a fine story",
+]
+_BAD = ["a dull mess", "painfully slow and loud", "the worst film of the year", "weak acting and no story"]
+
+
+def write_reviews(path: Path, rows: int = 160, seed: int = 0, labels: tuple[str, str] = ("good", "bad")) -> Path:
+    """A CSV of short reviews whose label can be told from the words."""
+    generator = random.Random(seed)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for number in range(rows):
+            is_good = number % 2 == 0
+            words = f"{generator.choice(_GOOD if is_good else _BAD)} number {generator.randrange(10_000)}"
+            writer.writerow([words + " truly" * generator.randrange(6), labels[0] if is_good else labels[1]])
+    return path
+
+
+def save_tiny_model(family: str, folder: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import AutoModel, PreTrainedTokenizerFast
+
+    is_encoder = family in ("bert", "roberta", "distilbert", "mpnet")
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    tokenizer.train_from_iterator([*_GOOD, *_BAD, "number truly 0123456789"],
+                                  trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=special))  # fmt: skip
+    if is_encoder:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B [SEP]",
+            special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+        )
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if is_encoder else {"bos_token": "[CLS]", "eos_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", **names)
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny_config(family)).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def run_trimtab(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "trimtab", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
