@@ -233,7 +233,7 @@ def doctor(as_json: AsJson = False) -> None:
 def main() -> None:
     """Run the command; a TrimtabError becomes one line and its exit code."""
     try:
-        app()
+        app(prog_name="trimtab")
     except TrimtabError as error:
         print(f"trimtab: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

