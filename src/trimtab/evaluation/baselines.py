@@ -79,7 +79,8 @@ def fit_linear_probe(
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight = weight / scaler.scale_
     shift = torch.from_numpy(bias - weight @ scaler.mean_).float() if has_bias else None
-    return LinearProbe(torch.from_numpy(weight).float(), shift, float(model.C))
+    # Several classes come in column order, which safetensors does not store.
+    return LinearProbe(torch.from_numpy(np.ascontiguousarray(weight)).float(), shift, float(model.C))
 
 
 def _labels(rows: Sequence[Row]) -> np.ndarray:
