@@ -55,7 +55,7 @@ class Worker:
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"'):  # the Trainer prints dicts of its own
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         raise SystemExit(f"a contender ended without an answer: {self.process.args!r}")
