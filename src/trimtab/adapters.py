@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.data import read_rows
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import ReloadError, SourceError
-from trimtab.evaluation.evaluate import Scorer, make_scorer, predict, read_record, record_system, scoring_cost
+from trimtab.evaluation.evaluate import Scorer, make_scorer, predict, record_system, scoring_cost
 from trimtab.models import load_base
 from trimtab.progress import Progress
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_file, write_folder, write_json
@@ -65,7 +65,7 @@ def load_scorer(study: StudyConfig, trial: TrialFolder, progress: Progress) -> S
     return scorer
 
 
-def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> dict[str, Any]:
+def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> None:
     """Reload a trial's adapter, score the run's test rows, write predictions, metrics and logits."""
     study = build_study(read_study_file(run.study))
     progress.stage(f"Scoring {trial.name} from its saved folder")
@@ -83,7 +83,6 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> di
         cost=training["cost"] | scoring_cost(scores, len(rows)),
     )
     save_logits(trial.logits, scores.logits)
-    return read_record(trial)
 
 
 def prove_reload(run: RunFolder, trial: TrialFolder, progress: Progress) -> dict[str, Any]:

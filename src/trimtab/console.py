@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -153,9 +154,9 @@ def show_two(comparison: dict[str, Any]) -> None:
         out.print(_contrast_line(found, {}))
 
 
-def show_metrics(folders: list[Any]) -> None:
+def show_metrics(folders: Sequence[SystemFolder]) -> None:
     out = _output()
-    for folder in map(SystemFolder, (folder.path for folder in folders)):
+    for folder in folders:
         record = read_json(folder.metrics)
         told = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
         out.print(f"{folder.name}: {told}")

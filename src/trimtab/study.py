@@ -131,16 +131,16 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
         score_text_baselines(job)
     job.progress.stage(f"Loading {job.study.model}")
     with job.timed("load base"):
+        base = load_base(job.source, job.data.label_names, job.study.seed)
+        scorer = make_scorer(base, job.study.max_length_tokens, job.progress)
         facts = {
             "base": job.study.model,
             "base_sha256": fingerprint_model(job.source),
             "task": job.study.task,
             "label_names": job.data.label_names,
-            "max_length_tokens": job.study.max_length_tokens,
+            "max_length_tokens": scorer.max_length_tokens,
             "versions": package_versions(),
         }
-        base = load_base(job.source, job.data.label_names, job.study.seed)
-        scorer = make_scorer(base, job.study.max_length_tokens, job.progress)
     encoded = encode_splits(job, scorer)
     with job.timed("base"):
         probe = score_base(job, scorer, encoded)
@@ -165,9 +165,9 @@ def encode_splits(job: Job, scorer: Scorer) -> TuningData:
     cut = {name: length["truncated"] for name, length in lengths.items() if length["truncated"]}
     if cut:
         told = ", ".join(f"{count} {name}" for name, count in cut.items())
-        job.progress.note(f"cut to --max-length-tokens {job.study.max_length_tokens}: {told} texts")
+        job.progress.note(f"cut to {scorer.max_length_tokens} tokens: {told} texts")
     else:
-        job.progress.note(f"no text is longer than --max-length-tokens {job.study.max_length_tokens}")
+        job.progress.note(f"no text is longer than {scorer.max_length_tokens} tokens")
     return TuningData(**splits)
 
 

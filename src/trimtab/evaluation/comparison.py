@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.errors import DataError
-from trimtab.evaluation.metrics import LOWER_IS_BETTER, METRICS
+from trimtab.errors import DataError, suggest
+from trimtab.evaluation.metrics import LOWER_IS_BETTER, METRICS, compute_metrics
 from trimtab.evaluation.predictions import Floats, Predictions
 from trimtab.evaluation.statistics import (
     bootstrap_metrics,
@@ -33,7 +33,7 @@ def contrast(
 ) -> dict[str, Any]:
     """One contrast without its adjusted p-value and verdict; a positive difference is `system` above."""
     differences = resampled[system][metric] - resampled[against][metric]
-    values = [metric_intervals(predictions[name], resampled[name])[metric]["value"] for name in (system, against)]
+    values = [compute_metrics(predictions[name])[metric] for name in (system, against)]
     low, high = percentile_interval(differences)
     exact = metric == "accuracy"
     return {
@@ -137,8 +137,6 @@ def compare_systems(
 
 def check_metric(metric: str) -> str:
     """The metric's name, or DataError with the nearest."""
-    from trimtab.errors import suggest
-
     if metric not in METRICS:
         raise DataError(f"unknown metric {metric!r}{suggest(metric, METRICS)}; there are: {', '.join(METRICS)}")
     return metric

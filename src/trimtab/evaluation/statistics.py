@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.evaluation.metrics import METRICS, metrics_from_sums, row_statistics
+from trimtab.evaluation.metrics import METRICS, compute_metrics, metrics_from_sums, row_statistics
 from trimtab.evaluation.predictions import Floats, Ints, Predictions
 
 Bools = NDArray[np.bool_]
@@ -113,13 +113,12 @@ def minimum_detectable_difference(differences: Floats, rows: int) -> float:
 
 def metric_intervals(predictions: Predictions, resampled: Mapping[str, Floats]) -> dict[str, dict[str, float]]:
     """value, low and high of every metric: Wilson for accuracy, percentile bootstrap for the others."""
-    sums = row_statistics(predictions).sum(axis=0, keepdims=True)
-    values = metrics_from_sums(sums, len(predictions.label_names))
+    values = compute_metrics(predictions)
     intervals: dict[str, dict[str, float]] = {}
     for name in METRICS:
         if name == "accuracy":
             low, high = wilson_interval(int(predictions.correct.sum()), len(predictions.ids))
         else:
             low, high = percentile_interval(resampled[name])
-        intervals[name] = {"value": float(values[name][0]), "low": low, "high": high}
+        intervals[name] = {"value": values[name], "low": low, "high": high}
     return intervals

@@ -16,9 +16,8 @@ import yaml
 
 from trimtab.data.rows import Row, read_rows
 from trimtab.errors import DataError
+from trimtab.evaluation.metrics import LOWER_IS_BETTER
 from trimtab.runs import RunFolder, SystemFolder, TrialFolder, read_json, read_jsonl
-
-LOWER_IS_BETTER = frozenset({"loss", "brier"})
 
 
 @dataclass(frozen=True)
