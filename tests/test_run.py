@@ -9,10 +9,21 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from samples import run_trimtab, write_reviews
+from trimtab.adapters import evaluate_trial, prove_reload
+from trimtab.data import Row
+from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import ReloadError, SourceError, TrainingError
+from trimtab.evaluation.baselines import LinearProbe
+from trimtab.evaluation.evaluate import make_scorer
+from trimtab.methods import attach_adapter
+from trimtab.models import load_base
+from trimtab.progress import Silent
 from trimtab.runs import RunFolder
+from trimtab.sources import ModelSource
 from trimtab.study import run_study
 from trimtab.study_config import build_study
+from trimtab.tasks.heads import final_linear
+from trimtab.tuning import start_head_at_probe
 
 METRICS = {"accuracy", "f1", "precision", "recall", "loss", "brier"}
 COSTS = {"trainable_parameters", "total_parameters", "trainable_percent", "adapter_bytes", "train_seconds",
@@ -79,7 +90,8 @@ def test_tuning_learns_what_the_words_say(finished):
     _, _, comparison, _ = finished
     accuracy = {system["name"]: system["metrics"]["accuracy"]["value"] for system in comparison["systems"]}
     assert accuracy["majority-class"] == pytest.approx(0.5, abs=0.05)
-    assert accuracy["lora-s0"] >= 0.8
+    # 24 test rows, each worth four points; the start (the probe) is kept where validation sees nothing better.
+    assert accuracy["lora-s0"] > 0.8 > accuracy["majority-class"]
 
 
 def test_notes_say_what_was_guessed_and_chosen(finished):
@@ -158,14 +170,23 @@ def test_a_finished_run_is_not_run_again(finished):
     assert (run.trial("lora", 0).adapter / "adapter_model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_the_head_starts_at_the_linear_probe(finished):
-    """Step 0 of training scores exactly what the probe scores: on validation, before any step."""
-    _, run, _, _ = finished
-    history = [json.loads(line) for line in run.trial("lora", 0).history.read_text().splitlines()]
-    assert history[0]["step"] == 0
-    probe = json.loads(run.baseline("linear-probe").metrics.read_text())
-    assert history[0]["validation_accuracy"] == pytest.approx(probe["metrics"]["accuracy"], abs=0.25)
-    assert probe["metrics"]["accuracy"] >= 0.8
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "distilbert", "roberta", "mpnet"])
+def test_the_head_starts_at_the_linear_probe(family, model_folder):
+    """Before any step, the adapted model's logits are the probe's on the frozen base's features."""
+    names = ["bad", "fine", "good"]
+    base = load_base(ModelSource("tiny", str(model_folder(family)), True), names, 0)
+    scorer = make_scorer(base, 32, Silent())
+    texts = ["a joy to watch", "a dull mess", "warm, funny and wise", "the worst film of the year number 3"]
+    encoded = scorer.encode([Row(str(i), text, None, i % 3, None) for i, text in enumerate(texts)])
+    features = scorer.score(encoded, features=True).features
+    has_bias = final_linear(base.model).bias is not None
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, features.shape[1], generator=generator)
+    probe = LinearProbe(weight, torch.randn(3, generator=generator) if has_bias else None, 1.0)
+    peft_model = attach_adapter(base.model, build_study({}), base.new_modules)
+    prepare_adapted(peft_model, scorer.choice.forward)
+    start_head_at_probe(base.model, probe)
+    torch.testing.assert_close(scorer.score(encoded).logits, probe.logits(features), atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_as_labels_and_text_pairs(tmp_path, model_folder):
@@ -202,9 +223,6 @@ def test_a_learning_rate_that_explodes_keeps_the_last_good_state(tmp_path, model
 
 
 def test_a_damaged_adapter_fails_loudly(tmp_path, model_folder, reviews):
-    from trimtab.adapters import prove_reload
-    from trimtab.progress import Silent
-
     run = RunFolder(tmp_path / "run")
     run_study(build_study(settings(model_folder("bert"), reviews, run.path)))
     trial = run.trial("lora", 0)
@@ -219,9 +237,6 @@ def test_a_damaged_adapter_fails_loudly(tmp_path, model_folder, reviews):
 
 def test_another_base_is_refused(tmp_path, model_folder, reviews):
     import shutil
-
-    from trimtab.adapters import evaluate_trial
-    from trimtab.progress import Silent
 
     base = tmp_path / "base"
     shutil.copytree(model_folder("bert"), base)
