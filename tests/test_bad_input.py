@@ -132,6 +132,15 @@ def test_model_folders_that_cannot_be_used(tmp_path, reviews, model_folder):
         check(tmp_path, folder)
 
 
+def test_a_head_that_is_not_known(tmp_path, reviews):
+    from transformers import XLNetConfig, XLNetModel
+
+    XLNetModel(XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=32)).save_pretrained(tmp_path / "m")
+    with pytest.raises(SourceError, match=r"m cannot be used: XLNetForSequenceClassification has no linear head"):
+        check(tmp_path, tmp_path / "m", target_modules="all-linear")
+    assert not (tmp_path / "run").exists()
+
+
 def test_target_modules_that_the_model_lacks(tmp_path, reviews, model_folder):
     with pytest.raises(StudyError, match=r"no layer is called 'q_prj'.*`auto` finds"):
         check(tmp_path, model_folder("llama"), target_modules="q_prj,v_proj")

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import StudyError, suggest
-from trimtab.models import load_config
-from trimtab.sources import ModelSource
 from trimtab.study_config import StudyConfig
 
 
@@ -127,17 +125,3 @@ def _has_conv1d(model: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def check_target_modules(source: ModelSource, wanted: str) -> None:
-    """Refuse target modules that the model does not have, from its configuration alone.
-
-    Raises:
-        StudyError: as `find_target_modules`.
-    """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(load_config(source))
-    find_target_modules(model, wanted)

@@ -66,11 +66,11 @@ def load_config(source: ModelSource) -> Any:
         raise SourceError(f"{source.name}: its config cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def check_can_classify(source: ModelSource) -> None:
-    """Refuse an architecture without a classification model, before weights are read.
+def build_without_weights(source: ModelSource) -> Any:
+    """The classification model on the meta device: its layers and names, before weights are read.
 
     Raises:
-        SourceError: with the architecture's name.
+        SourceError: an architecture without a classification model.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -80,6 +80,8 @@ def check_can_classify(source: ModelSource) -> None:
             f"{source.name} is a {config.model_type!r} model, which transformers cannot use for classification; "
             "choose a text encoder (BERT family) or decoder (Llama, GPT-2 families)"
         )
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
 
 
 def load_tokenizer(source: ModelSource) -> Any:

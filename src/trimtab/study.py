@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from trimtab.adapters import prove_reload
 from trimtab.data import PreparedData, prepare_data, write_rows
-from trimtab.errors import TrainingError
+from trimtab.errors import SourceError, TrainingError
 from trimtab.evaluation.baselines import (
     LinearProbe,
     fit_linear_probe,
@@ -38,8 +38,8 @@ from trimtab.evaluation.evaluate import (
 )
 from trimtab.evaluation.predictions import predictions_for, read_predictions
 from trimtab.machine import describe_machine, git_state, package_versions
-from trimtab.methods import check_target_modules, get_method
-from trimtab.models import check_can_classify, load_base, quiet_libraries
+from trimtab.methods import find_target_modules, get_method
+from trimtab.models import build_without_weights, load_base, quiet_libraries
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_file, write_json
@@ -114,11 +114,27 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False)
     progress.stage("Reading the data")
     data = prepare_data(study, progress)
     source = locate_model(study.model, progress)
-    check_can_classify(source)
-    check_target_modules(source, study.target_modules)
+    check_model(source, study.target_modules)
     run.claim(study.to_yaml(), overwrite)
     write_rows(run.test_rows, data.test)
     return Job(study, run, data, source, progress)
+
+
+def check_model(source: ModelSource, target_modules: str) -> None:
+    """Refuse a model that cannot be tuned here, from its configuration alone.
+
+    Raises:
+        SourceError: it cannot classify, or its head is not one that a linear probe can start.
+        StudyError: layers to adapt that it does not have.
+    """
+    model = build_without_weights(source)
+    find_target_modules(model, target_modules)
+    try:
+        final_linear(model)
+    except NotImplementedError as error:
+        raise SourceError(
+            f"{source.name} cannot be used: {error}; choose a BERT, Llama or GPT-2 family model"
+        ) from error
 
 
 def _baselines_are_scored(run: RunFolder) -> bool:
