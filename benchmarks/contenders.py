@@ -45,26 +45,19 @@ def say(**figures: Any) -> None:
 
 
 class Turns:
-    """Counts steps; after each window of them says what it took, and waits for the next turn."""
+    """Times steps: after the warm-up, each says what it took and waits for its next turn."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.done = -WARM_UP_STEPS
-        self.tokens = 0
-        self.seconds = 0.0
+    def __init__(self) -> None:
+        self.warm_up = WARM_UP_STEPS
 
     def start_step(self) -> None:
         self.started = time.perf_counter()
 
     def end_step(self, tokens: int) -> None:
         seconds = time.perf_counter() - self.started
-        self.done += 1
-        if self.done > 0:
-            self.tokens += tokens
-            self.seconds += seconds
-        if self.done == 0 or (self.done > 0 and self.done % self.steps == 0):
-            say(tokens=self.tokens, seconds=self.seconds)
-            self.tokens, self.seconds = 0, 0.0
+        self.warm_up -= 1
+        if self.warm_up <= 0:
+            say(tokens=tokens, seconds=seconds)
             if sys.stdin.readline().strip() != "go":
                 sys.stdout.flush()
                 os._exit(0)
@@ -269,7 +262,7 @@ def main() -> None:
     parser.add_argument("work", choices=["train", "evaluate", "learn"])
     parser.add_argument("--model", default="starter:minilm-l6")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=4, help="steps, or rows, in a turn")
+    parser.add_argument("--rows", type=int, default=160, help="rows scored in a turn")
     arguments = parser.parse_args()
     quiet_libraries()
     study = make_study(arguments)
@@ -282,10 +275,10 @@ def main() -> None:
     if arguments.work == "learn":
         say(**contender.learn(), labels=[row.label for row in data.test])
     elif arguments.work == "train":
-        contender.training_turns(Turns(arguments.size))
+        contender.training_turns(Turns())
     else:
         while True:
-            tokens, seconds = contender.evaluation_turn(arguments.size)
+            tokens, seconds = contender.evaluation_turn(arguments.rows)
             say(tokens=tokens, seconds=seconds)
             if sys.stdin.readline().strip() != "go":
                 break

@@ -24,17 +24,20 @@ from trimtab.evaluation.predictions import Predictions
 from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
 
 CONTENDERS = ("trimtab", "dynamic", "grouped")
-TURNS = 5
+# A turn is one step. `Trainer` sorts each run of 50 batches from long to short, so 50 turns see every length once;
+# each window takes every fifth turn, so that windows compare.
+WINDOWS = 5
+TRAINING_TURNS = 50
 # Parameters in linear layers: a frozen base costs 2 of these a token forward and 2 backward.
 LINEAR_PARAMETERS = {"starter:smollm2-135m": 106.2e6, "starter:minilm-l6": 10.6e6}
-STEPS = {"starter:smollm2-135m": 4, "starter:minilm-l6": 12}
+EVALUATION_ROWS = {"starter:smollm2-135m": 160, "starter:minilm-l6": 400}
 RESULTS = Path(__file__).parent / "results"
 
 
 class Worker:
     """One contender in a process of its own, waiting for its turn."""
 
-    def __init__(self, contender: str, work: str, model: str, size: int, seed: int = 0) -> None:
+    def __init__(self, contender: str, work: str, model: str, rows: int = 0, seed: int = 0) -> None:
         here = Path(__file__).with_name("contenders.py")
         command = [
             sys.executable,
@@ -43,8 +46,8 @@ class Worker:
             work,
             "--model",
             model,
-            "--size",
-            str(size),
+            "--rows",
+            str(rows),
             "--seed",
             str(seed),
         ]
@@ -60,37 +63,39 @@ class Worker:
                 return answer
         raise SystemExit(f"a contender ended without an answer: {self.process.args!r}")
 
-    def turn(self) -> float:
-        """Tokens a second of one window."""
+    def turn(self) -> tuple[float, float]:
+        """Tokens and seconds of one turn."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self.read()
-        return float(answer["tokens"] / answer["seconds"])
+        return answer["tokens"], answer["seconds"]
 
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
-def measure_throughput(model: str, work: str, size: int) -> dict[str, Any]:
-    """Medians of real tokens a second, and ratios taken turn by turn."""
+def measure_throughput(model: str, work: str) -> dict[str, Any]:
+    """Medians of real tokens a second over windows, and ratios taken window by window."""
     workers = {}
+    turns = TRAINING_TURNS if work == "train" else WINDOWS
     for name in CONTENDERS:  # one warms up at a time
         if work == "evaluate" and name == "grouped":
             continue
-        workers[name] = Worker(name, work, model, size)
+        workers[name] = Worker(name, work, model, EVALUATION_ROWS[model])
         workers[name].read()
-    rates: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(TURNS):
+    sums = {name: np.zeros((WINDOWS, 2)) for name in workers}
+    for turn in range(turns):
         for name, worker in workers.items():
-            rates[name].append(worker.turn())
+            sums[name][turn % WINDOWS] += worker.turn()
     for worker in workers.values():
         worker.stop()
-    found: dict[str, Any] = {"tokens_per_second": {n: statistics.median(r) for n, r in rates.items()}, "turns": rates}
+    rates = {name: (window[:, 0] / window[:, 1]).tolist() for name, window in sums.items()}
+    found: dict[str, Any] = {"tokens_per_second": {n: statistics.median(r) for n, r in rates.items()}, "windows": rates}
     for peer in set(rates) - {"trimtab"}:
         ratios = [ours / theirs for ours, theirs in zip(rates["trimtab"], rates[peer], strict=True)]
-        found[f"ratio_to_{peer}"] = {"median": statistics.median(ratios), "turns": ratios}
+        found[f"ratio_to_{peer}"] = {"median": statistics.median(ratios), "windows": ratios}
     return found
 
 
@@ -99,7 +104,7 @@ def measure_learning(model: str, seeds: list[int]) -> dict[str, Any]:
     runs = []
     ours_all, theirs_all, labels_all = [], [], []
     for seed in seeds:
-        peer, ours = (Worker(name, "learn", model, 0, seed).read() for name in ("grouped", "trimtab"))
+        peer, ours = (Worker(name, "learn", model, seed=seed).read() for name in ("grouped", "trimtab"))
         target = peer["validation"][-1][1]
         reached = next((seconds for seconds, accuracy in ours["validation"] if accuracy >= target), None)
         labels = np.array(peer["labels"])
@@ -157,8 +162,8 @@ def main() -> None:
         if arguments.only != "learning":
             gemm = measure_gemm_rates()
             found: dict[str, Any] = {**about, "gemm_gflops": gemm}
-            for work, size in (("train", STEPS[model]), ("evaluate", 10 * STEPS[model])):
-                found[work] = measure_throughput(model, work, size)
+            for work in ("train", "evaluate"):
+                found[work] = measure_throughput(model, work)
                 print_throughput(model, work, found[work], gemm["float32"] or 0)
             (RESULTS / f"throughput-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         if arguments.only != "throughput":
