@@ -28,6 +28,7 @@ FLOORS = [
     "study_config",
     "machine",
     "runs",
+    "cache",
     "progress",
     "errors",
 ]

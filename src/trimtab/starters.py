@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimtab.cache import cache_folder
 from trimtab.errors import SourceError, StorageError, suggest
 from trimtab.progress import Progress
 
@@ -170,16 +171,6 @@ def get_starter(source: str, kind: str) -> Starter:
         listed = ", ".join(PREFIX + other for other in known)
         raise SourceError(f"unknown {kind} starter {source!r}{suggest(name, known)}; there are: {listed}")
     return STARTERS[name]
-
-
-def cache_folder() -> Path:
-    """Where starters are kept: TRIMTAB_HOME, else the platform's cache folder."""
-    home = os.environ.get("TRIMTAB_HOME")
-    if home:
-        return Path(home).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_path("trimtab"))
 
 
 def fetch_starter(starter: Starter, progress: Progress) -> Path:

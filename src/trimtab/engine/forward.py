@@ -6,7 +6,7 @@ must give the same logits, or it is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from trimtab.engine import attention
 from trimtab.engine.batches import Batch, Collator
+from trimtab.engine.fused import native
+from trimtab.engine.fused.stack import LayerStack, build_stack
 from trimtab.engine.last_layer import only_rows
 from trimtab.tasks.classification import Example
 from trimtab.tasks.heads import backbone_of, final_linear, logits_from_pooled
@@ -47,30 +49,32 @@ class PaddedForward:
 class PackedForward:
     packed = True
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, stack: LayerStack | None = None) -> None:
         self.model = model
+        self.stack = stack  # the layers as one function, used where their adapters allow it
         self.limited = False  # whether the last layer can leave out what is not pooled
 
     def __call__(self, batch: Batch) -> Tensor:
         logits: Tensor = logits_from_pooled(self.model, self.pooled_states(batch))
         return logits
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """[tokens, hidden] of the backbone's last layer."""
+    def hidden_states(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """[tokens, hidden] of the backbone's last layer; of the tokens `rows` only, where they are given."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
+        assert batch.runs is not None
+        if self.stack is not None and self.stack.fits():
+            return self.stack.hidden_states(inputs, batch.runs, rows)
         if getattr(self.model.config, "use_cache", False):
             inputs["use_cache"] = False  # a cache would let texts see each other, and costs memory
-        states: Tensor = backbone_of(self.model)(**inputs, packed_runs=batch.runs).last_hidden_state[0]
-        return states
+        with only_rows(rows if self.limited else None):
+            states: Tensor = backbone_of(self.model)(**inputs, packed_runs=batch.runs).last_hidden_state[0]
+        return states if rows is None or self.limited else states.index_select(0, rows)
 
     def pooled_states(self, batch: Batch) -> Tensor:
         """[rows, hidden] at each text's pooled token."""
-        if self.limited:
-            with only_rows(batch.pooled):
-                return self.hidden_states(batch)
-        return self.hidden_states(batch).index_select(0, batch.pooled)
+        return self.hidden_states(batch, batch.pooled)
 
 
 class HeadFeatures:
@@ -114,7 +118,11 @@ def choose_forward(model: Any, pad_token_id: int, max_length_tokens: int, type_i
         model.set_attn_implementation(attention.IMPLEMENTATION)
         if model.config._attn_implementation != attention.IMPLEMENTATION:  # transformers only logs it
             raise NotImplementedError(f"{type(model).__name__} takes no registered attention")
-        difference = _probe(model, offset, pad_token_id, max_length_tokens, type_ids, stock)
+        probe = _make_probe(model, offset, pad_token_id, max_length_tokens, type_ids, stock)
+        fused = _fused_forward(model, probe)
+        if fused is not None:
+            return Choice(fused, offset, "")
+        difference = probe(PackedForward(model))
         if not difference <= PROBE_TOLERANCE:
             reason = f"packed texts differ from lone ones by {difference:.1e}"
     except Exception as error:  # whatever a model does with a pack, the padded path still stands
@@ -140,8 +148,24 @@ def usable_length(model: Any, wanted: int) -> int:
     return wanted if positions is None else min(wanted, positions - _position_offset(model))
 
 
-def _probe(model: Any, offset: int, pad_token_id: int, max_length_tokens: int, type_ids: bool, stock: str) -> float:
-    """Largest logit difference between texts packed together and each alone, stock."""
+def _fused_forward(model: Any, probe: Callable[[PackedForward], float]) -> PackedForward | None:
+    """The packed forward with its layers as one function; None where that differs, or has no kernels here."""
+    if next(model.parameters()).device.type != "cpu" or not native.is_available():
+        return None
+    stack = build_stack(backbone_of(model), native)
+    if stack is None:
+        return None
+    forward = PackedForward(model, stack)
+    try:
+        return forward if probe(forward) <= PROBE_TOLERANCE else None
+    except (RuntimeError, AttributeError, TypeError):  # a build that looks known and is not
+        return None
+
+
+def _make_probe(
+    model: Any, offset: int, pad_token_id: int, max_length_tokens: int, type_ids: bool, stock: str
+) -> Callable[[PackedForward], float]:
+    """A function that tells the largest logit difference between texts packed together and each alone, stock."""
     # Two of one length share a run; the longest shows windows that short texts never reach.
     lengths = [3, 7, 7, max(7, max_length_tokens)]
     generator = torch.Generator().manual_seed(0)
@@ -155,13 +179,17 @@ def _probe(model: Any, offset: int, pad_token_id: int, max_length_tokens: int, t
         ids = [vocabulary[i] for i in picks]
         examples.append(Example(ids, [0] * length if type_ids else None, length - 1 if pools_last else 0, 0))
     device = next(model.parameters()).device
+    pack = Collator(examples, True, offset, pad_token_id).collate(range(len(examples))).to(device)
+    model.set_attn_implementation(stock)
     with torch.no_grad():
-        pack = Collator(examples, True, offset, pad_token_id).collate(range(len(examples))).to(device)
-        packed = PackedForward(model)(pack)
-        model.set_attn_implementation(stock)
         alone = _logits_alone(model, examples, pad_token_id, device)
     model.set_attn_implementation(attention.IMPLEMENTATION)
-    return float((packed - alone).abs().max())
+
+    def difference(forward: PackedForward) -> float:
+        with torch.no_grad():
+            return float((forward(pack) - alone).abs().max())
+
+    return difference
 
 
 def _logits_alone(model: Any, examples: Sequence[Example], pad_token_id: int, device: torch.device) -> Tensor:

@@ -25,8 +25,8 @@ _rows: ContextVar[Tensor | None] = ContextVar("pooled rows", default=None)
 
 
 @contextmanager
-def only_rows(rows: Tensor) -> Iterator[None]:
-    """Within, a model prepared by `limit_last_layer` returns the states of these tokens of its sequence."""
+def only_rows(rows: Tensor | None) -> Iterator[None]:
+    """Within, a model prepared by `limit_last_layer` returns the states of these tokens of its sequence (None: all)."""
     token = _rows.set(rows)
     try:
         yield

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from trimtab.engine.frozen import FrozenLinear
 
 # Dropout compares 16 random bits an element with a threshold, so rates come in steps of 2^-16.
-_LEVELS = 1 << 16
+DROPOUT_LEVELS = 1 << 16
 
 
 def speed_up_lora(model: nn.Module) -> int:
@@ -83,13 +83,13 @@ def draw_keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> t
     The bits come from torch's global generator, four elements from each 64-bit integer: a seventh
     of the time of `bernoulli_`. The scale is exact for the rate as rounded to 1/65536.
     """
-    dropped = min(round(dropout * _LEVELS), _LEVELS - 1)
+    dropped = min(round(dropout * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
     elements = shape.numel()
     words = torch.empty((elements + 3) // 4, dtype=torch.int64, device=device).random_(-(1 << 63), None)
     bits = words.view(torch.int16)[:elements].view(shape)
     # As int8, not bool: float * int8 takes less than half the time of float * bool.
-    keep = (bits >= dropped - _LEVELS // 2).view(torch.int8)
-    return keep, _LEVELS / (_LEVELS - dropped)
+    keep = (bits >= dropped - DROPOUT_LEVELS // 2).view(torch.int8)
+    return keep, DROPOUT_LEVELS / (DROPOUT_LEVELS - dropped)
 
 
 class _LoraFunction(torch.autograd.Function):

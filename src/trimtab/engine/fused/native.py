@@ -1,0 +1,256 @@
+"""`kernels.cpp`, built once for this processor and called on tensors; `plain` has the same functions.
+
+The library lies in Trimtab's cache folder, named by a hash of source, flags, compiler and processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.cache import cache_folder
+from trimtab.engine.fused.formats import HeadShape, Product, Rotary, Rows, Want
+from trimtab.engine.lora import DROPOUT_LEVELS
+
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
+          "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]  # fmt: skip
+if platform.machine() == "x86_64":
+    _FLAGS.append("-mprefer-vector-width=512")
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in Product._fields]
+
+
+class _Want(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("values", "quantised", "scale", "column_scale")]
+
+
+def is_available() -> bool:
+    """Whether the kernels can run here: Linux on a CPU, with a C++ compiler or a library built before."""
+    return library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, built where it is not there yet; None where that cannot be done."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if platform.system() != "Linux" or compiler is None:
+        return None
+    source = resources.files("trimtab.engine.fused").joinpath("kernels.cpp").read_bytes()
+    key = hashlib.sha256(b"\0".join([source, *map(str.encode, (*_FLAGS, compiler, _processor()))])).hexdigest()[:16]
+    path = cache_folder() / "kernels" / f"{key}.so"
+    try:
+        if not path.is_file():
+            _build(compiler, source, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _build(compiler: str, source: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        code, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        code.write_bytes(source)
+        subprocess.run([compiler, *_FLAGS, str(code), "-o", str(built)], check=True, capture_output=True, timeout=120)
+        built.replace(path)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    found = library()
+    assert found is not None
+    getattr(found, name)(*map(_as_c, arguments))
+
+
+def _as_c(argument: Any) -> Any:
+    if argument is None:
+        return None
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, Product):
+        return _Product(*(None if part is None else part.data_ptr() for part in argument))
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    return ctypes.c_float(argument) if isinstance(argument, float) else argument
+
+
+def _output(shape: Sequence[int], want: Want) -> tuple[Rows, _Want]:
+    tokens, columns = shape
+    values = torch.empty(tokens, columns) if want.values else None
+    quantised = scale = None
+    if want.quantised:
+        quantised, scale = torch.empty(tokens, columns, dtype=torch.int8), torch.empty(tokens, 1)
+    pointers = (None if part is None else part.data_ptr() for part in (values, quantised, scale, want.column_scale))
+    return Rows(values, quantised, scale), _Want(*pointers)
+
+
+def _masks(keep: Tensor | None) -> int:
+    return 0 if keep is None else keep.shape[1]
+
+
+def rows_of(values: Tensor, want: Want) -> Rows:
+    rows, pointers = _output(values.shape, want)
+    _call("rows_of", values, *values.shape, pointers)
+    return rows
+
+
+def keep_mask(shape: tuple[int, ...], dropout: float) -> tuple[Tensor, float]:
+    """As in `plain`; torch's generator gives the seed of the hash that gives the bits."""
+    dropped = min(round(dropout * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
+    keep = torch.empty(shape, dtype=torch.int8)
+    _call("keep_mask", int(torch.empty((), dtype=torch.int64).random_(0, 1 << 32)), dropped, keep.numel(), keep)
+    return keep, DROPOUT_LEVELS / (DROPOUT_LEVELS - dropped)
+
+
+def drop(values: Tensor, keep: Tensor) -> Tensor:
+    tokens, columns = values.shape
+    out = torch.empty(tokens, keep.shape[1] * columns)
+    _call("drop", values, keep, keep.shape[1], tokens, columns, out)
+    return out
+
+
+def add_parts(residual: Tensor | None, product: Product, dropped: Tensor | None, keep: Tensor | None) -> Tensor:
+    out = torch.empty(product.values.shape)
+    _call("add_parts", residual, product, dropped, keep, _masks(keep), *out.shape, out)
+    return out
+
+
+def add_rms_norm(
+    residual: Tensor, product: Product | None, weight: Tensor, eps: float, want: Want
+) -> tuple[Tensor, Tensor, Rows]:
+    tokens, columns = residual.shape
+    total = residual if product is None else torch.empty_like(residual)
+    inverse = torch.empty(tokens, 1)
+    rows, pointers = _output((tokens, columns), want)
+    given = _Product() if product is None else product
+    _call("add_rms_norm", residual, given, weight, eps, tokens, columns, total, inverse, pointers)
+    return total, inverse, rows
+
+
+def rms_norm_backward(
+    grad_residual: Tensor,
+    grad: Product,
+    dropped: Tensor | None,
+    keep: Tensor | None,
+    total: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    want: Want,
+) -> Rows:
+    rows, pointers = _output(total.shape, want)
+    _call("rms_norm_backward", grad_residual, grad, dropped, keep, _masks(keep), total, inverse, weight,
+          *total.shape, pointers)  # fmt: skip
+    return rows
+
+
+def add_layer_norm(
+    residual: Tensor, product: Product, weight: Tensor, bias: Tensor, eps: float, want: Want
+) -> tuple[Tensor, Tensor, Tensor, Rows]:
+    total, mean, inverse = torch.empty_like(residual), torch.empty(len(residual), 1), torch.empty(len(residual), 1)
+    rows, pointers = _output(residual.shape, want)
+    _call("add_layer_norm", residual, product, weight, bias, eps, *residual.shape, total, mean, inverse, pointers)
+    return total, mean, inverse, rows
+
+
+def layer_norm_backward(
+    grad_residual: Tensor,
+    grad: Product | None,
+    dropped: Tensor | None,
+    keep: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    want: Want,
+) -> Rows:
+    rows, pointers = _output(total.shape, want)
+    given = _Product() if grad is None else grad
+    _call("layer_norm_backward", grad_residual, given, dropped, keep, _masks(keep), total, mean, inverse, weight,
+          *total.shape, pointers)  # fmt: skip
+    return rows
+
+
+def swiglu(gate_up: Product, want: Want) -> Rows:
+    tokens, columns = gate_up.values.shape
+    rows, pointers = _output((tokens, columns // 2), want)
+    _call("swiglu", gate_up, tokens, columns // 2, pointers)
+    return rows
+
+
+def swiglu_backward(grad: Product, gate_up: Product, want: Want) -> Rows:
+    tokens, columns = gate_up.values.shape
+    rows, pointers = _output((tokens, columns), want)
+    _call("swiglu_backward", grad, gate_up, tokens, columns // 2, pointers)
+    return rows
+
+
+def gelu(inner: Product, want: Want) -> Rows:
+    rows, pointers = _output(inner.values.shape, want)
+    _call("gelu", inner, *inner.values.shape, pointers)
+    return rows
+
+
+def gelu_backward(grad: Product, inner: Product, want: Want) -> Rows:
+    rows, pointers = _output(inner.values.shape, want)
+    _call("gelu_backward", grad, inner, *inner.values.shape, pointers)
+    return rows
+
+
+def split_heads(
+    projected: Product, back: tuple[Tensor, Tensor], rotary: Rotary | None, shape: HeadShape
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = projected.values.shape[0]
+    query = torch.empty(tokens * shape.query, shape.dim)
+    key, value = (torch.empty(tokens * shape.key_value, shape.dim) for _ in range(2))
+    _call("split_heads", projected, *back, *(rotary or (None, None)), tokens, *shape, query, key, value)
+    return query, key, value
+
+
+def split_heads_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    back: tuple[Tensor, Tensor],
+    rotary: Rotary | None,
+    shape: HeadShape,
+    tokens: int,
+    want: Want,
+) -> Rows:
+    rows, pointers = _output((tokens, (shape.query + 2 * shape.key_value) * shape.dim), want)
+    _call("split_heads_backward", *grads, *back, *(rotary or (None, None)), tokens, *shape, pointers)
+    return rows
+
+
+def merge_heads(attended: Tensor, back: Tensor, tokens: int, want: Want) -> Rows:
+    heads, dim = len(attended) // tokens, attended.shape[1]
+    rows, pointers = _output((tokens, heads * dim), want)
+    _call("merge_heads", attended, back, tokens, heads, dim, pointers)
+    return rows
+
+
+def merge_heads_backward(grad: Product, back: Tensor, dim: int) -> Tensor:
+    tokens, columns = grad.values.shape
+    out = torch.empty(tokens * columns // dim, dim)
+    _call("merge_heads_backward", grad, back, tokens, columns // dim, dim, out)
+    return out

@@ -1,0 +1,192 @@
+"""The plain twins of `kernels.cpp`, in torch: the reference, and what runs where no compiler is.
+
+Each stands for one pass over memory between two matrix products. `native` has the same functions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab.engine.fused.formats import HeadShape, Product, Rotary, Rows, Want
+from trimtab.engine.lora import draw_keep_mask
+
+
+def _value_of(product: Product) -> Tensor:
+    values = product.values
+    if product.row_scale is not None:
+        values = values.float() * product.row_scale
+        if product.column_scale is not None:
+            values = values * product.column_scale
+    if product.bias is not None:
+        values = values + product.bias
+    return values if product.delta is None else values + product.delta
+
+
+def _rows(values: Tensor, want: Want) -> Rows:
+    """Symmetric int8 with one scale a row, the rounding of LLM.int8() (Dettmers et al. 2022, section 2.1)."""
+    if not want.quantised:
+        return Rows(values)
+    scaled = values if want.column_scale is None else values * want.column_scale
+    largest = scaled.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    quantised = (scaled * (127.0 / largest)).round().to(torch.int8)
+    return Rows(values if want.values else None, quantised, largest * (1.0 / 127.0))
+
+
+def rows_of(values: Tensor, want: Want) -> Rows:
+    return _rows(values, want)
+
+
+def keep_mask(shape: tuple[int, ...], dropout: float) -> tuple[Tensor, float]:
+    """int8 ones with zeros at rate `dropout`, from torch's generator, and the scale that keeps the mean."""
+    return draw_keep_mask(torch.Size(shape), dropout, torch.device("cpu"))
+
+
+def drop(values: Tensor, keep: Tensor) -> Tensor:
+    """[tokens, K] times each of the masks [tokens, masks, K], side by side."""
+    return (values.unsqueeze(1) * keep).flatten(1)
+
+
+def add_rms_norm(
+    residual: Tensor, product: Product | None, weight: Tensor, eps: float, want: Want
+) -> tuple[Tensor, Tensor, Rows]:
+    """residual + product, 1 / its root mean square [tokens, 1], and the normed rows."""
+    total = residual if product is None else residual + _value_of(product)
+    inverse = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    return total, inverse, _rows(total * inverse * weight, want)
+
+
+def rms_norm_backward(
+    grad_residual: Tensor,
+    grad: Product,
+    dropped: Tensor | None,
+    keep: Tensor | None,
+    total: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    want: Want,
+) -> Rows:
+    """Gradient of `total` from that of the normed rows (product + masked parts) and of the residual."""
+    normed = total * inverse
+    scaled = _sum_parts(_value_of(grad), dropped, keep) * weight
+    values = grad_residual + inverse * (scaled - normed * (normed * scaled).mean(-1, keepdim=True))
+    return _rows(values, want)
+
+
+def _sum_parts(values: Tensor, dropped: Tensor | None, keep: Tensor | None) -> Tensor:
+    """values + what comes back through each dropout mask: `dropped` [tokens, masks x K]."""
+    if dropped is None or keep is None:
+        return values
+    return values + (dropped.view(keep.shape) * keep).sum(1)
+
+
+def add_layer_norm(
+    residual: Tensor, product: Product, weight: Tensor, bias: Tensor, eps: float, want: Want
+) -> tuple[Tensor, Tensor, Tensor, Rows]:
+    """residual + product, its mean and 1 / its deviation [tokens, 1], and the normed rows."""
+    total = residual + _value_of(product)
+    mean = total.mean(-1, keepdim=True)
+    centred = total - mean
+    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return total, mean, inverse, _rows(centred * inverse * weight + bias, want)
+
+
+def layer_norm_backward(
+    grad_residual: Tensor,
+    grad: Product | None,
+    dropped: Tensor | None,
+    keep: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    want: Want,
+) -> Rows:
+    """Gradient of `total` from that of the normed rows: residual + product + masked parts."""
+    normed = (total - mean) * inverse
+    values = grad_residual if grad is None else grad_residual + _value_of(grad)
+    scaled = _sum_parts(values, dropped, keep) * weight
+    values = inverse * (scaled - scaled.mean(-1, keepdim=True) - normed * (normed * scaled).mean(-1, keepdim=True))
+    return _rows(values, want)
+
+
+def add_parts(residual: Tensor | None, product: Product, dropped: Tensor | None, keep: Tensor | None) -> Tensor:
+    """residual + product + masked parts."""
+    values = _sum_parts(_value_of(product), dropped, keep)
+    return values if residual is None else values + residual
+
+
+def swiglu(gate_up: Product, want: Want) -> Rows:
+    """silu(gate) x up (Shazeer 2020); gate and up lie side by side."""
+    gate, up = _value_of(gate_up).chunk(2, -1)
+    return _rows(gate * torch.sigmoid(gate) * up, want)
+
+
+def swiglu_backward(grad: Product, gate_up: Product, want: Want) -> Rows:
+    gate, up = _value_of(gate_up).chunk(2, -1)
+    sigmoid = torch.sigmoid(gate)
+    value = _value_of(grad)
+    by_gate = value * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return _rows(torch.cat([by_gate, value * gate * sigmoid], -1), want)
+
+
+def gelu(inner: Product, want: Want) -> Rows:
+    return _rows(F.gelu(_value_of(inner)), want)
+
+
+def gelu_backward(grad: Product, inner: Product, want: Want) -> Rows:
+    x = _value_of(inner)
+    cumulative = 0.5 * (1 + torch.erf(x * 0.5**0.5))
+    density = torch.exp(-0.5 * x.square()) * 0.3989422804014327
+    return _rows(_value_of(grad) * (cumulative + x * density), want)
+
+
+def _rotate(heads: Tensor, rotary: Rotary, direction: int) -> Tensor:
+    """Rotary positions (Su et al. 2021, section 3.4.2) on [tokens, heads, dim], the halves being the pairs."""
+    first, second = heads.chunk(2, -1)
+    cos, sin = rotary.cos.unsqueeze(1), rotary.sin.unsqueeze(1) * direction
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def split_heads(
+    projected: Product, back: tuple[Tensor, Tensor], rotary: Rotary | None, shape: HeadShape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [rows, dim] in attention's order, rotated; `back` are the rows by (token, head)."""
+    values = _value_of(projected)
+    values = values.view(len(values), -1, shape.dim)
+    parts = list(torch.split(values, [shape.query, shape.key_value, shape.key_value], 1))
+    if rotary is not None:
+        parts[:2] = [_rotate(part, rotary, 1) for part in parts[:2]]
+    query, key, value = (
+        torch.empty_like(part).view(-1, shape.dim).index_copy_(0, place, part.reshape(-1, shape.dim))
+        for part, place in zip(parts, (back[0], back[1], back[1]), strict=True)
+    )
+    return query, key, value
+
+
+def split_heads_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    back: tuple[Tensor, Tensor],
+    rotary: Rotary | None,
+    shape: HeadShape,
+    tokens: int,
+    want: Want,
+) -> Rows:
+    """Gradient of the projected rows from those of query, key and value."""
+    places = (back[0], back[1], back[1])
+    parts = [grad[place].view(tokens, -1, shape.dim) for grad, place in zip(grads, places, strict=True)]
+    if rotary is not None:
+        parts[:2] = [_rotate(part, rotary, -1) for part in parts[:2]]
+    return _rows(torch.cat(parts, 1).flatten(1), want)
+
+
+def merge_heads(attended: Tensor, back: Tensor, tokens: int, want: Want) -> Rows:
+    """[tokens, heads x dim] from attention's order."""
+    return _rows(attended[back].view(tokens, -1), want)
+
+
+def merge_heads_backward(grad: Product, back: Tensor, dim: int) -> Tensor:
+    """Gradient of what attention gave, in its own order."""
+    values = _value_of(grad).view(-1, dim)
+    return torch.empty_like(values).index_copy_(0, back, values)

@@ -1,0 +1,167 @@
+"""All layers of a model as one autograd function, where their build is known.
+
+`build_stack` reads the layers of a Llama-like or BERT-like backbone; any other build, and any adapter
+but plain LoRA, keeps the forward of transformers and peft. The stack shares the model's weights, so
+peft attaches, saves and loads as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trimtab.engine.attention import Run
+from trimtab.engine.fused.attention import Heads, make_layout
+from trimtab.engine.fused.formats import HeadShape, Rotary
+from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, Sum, total_of
+from trimtab.engine.fused.linears import Kernels, LinearGroup, NotPlainError
+
+
+class LayerStack:
+    """The layers of `backbone` in order; `trained` is the lowest one with an adapter, None without one."""
+
+    def __init__(self, backbone: Any, layers: Sequence[LlamaLayer | BertLayer], kernels: Kernels) -> None:
+        self.backbone = backbone
+        self.layers = layers
+        self.kernels = kernels
+        self.trained: int | None = None
+
+    @property
+    def groups(self) -> list[LinearGroup]:
+        return [group for layer in self.layers for group in layer.groups]
+
+    def fits(self) -> bool:
+        """Read the adapters as they stand now; False where one is not plain LoRA in a layer's linears."""
+        self.trained = None
+        try:
+            for group in self.groups:
+                group.find_adapters()
+        except NotPlainError:
+            return False
+        for number, layer in reversed(list(enumerate(self.layers))):
+            if layer_parameters(layer):
+                self.trained = number
+        known = {id(p) for group in self.groups for p in group.parameters}
+        # The norm and the pooler come after the stack; whatever trains elsewhere must be known to it.
+        inside = [part for name, part in self.backbone.named_children() if name not in ("norm", "pooler")]
+        return all(id(p) in known for part in inside for p in part.parameters() if p.requires_grad)
+
+    def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
+        """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""
+        backbone = self.backbone
+        if hasattr(backbone, "rotary_emb"):
+            states = backbone.embed_tokens(inputs["input_ids"])
+            cos, sin = backbone.rotary_emb(states, position_ids=inputs["position_ids"])
+            half = cos.shape[-1] // 2
+            rotary = Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+            normed: Tensor = backbone.norm(self.run(states[0], runs, rotary, rows))
+            return normed
+        states = backbone.embeddings(**inputs)
+        if hasattr(backbone, "embeddings_project"):  # ELECTRA's smaller embeddings
+            states = backbone.embeddings_project(states)
+        return self.run(states[0], runs, None, rows)
+
+    def run(self, states: Tensor, runs: Sequence[Run], rotary: Rotary | None, rows: Tensor | None) -> Tensor:
+        """States [tokens, hidden] after the last layer, of `rows` only where given."""
+        layout = make_layout(runs, self.layers[0].attention.heads.shape, states.device)
+        batch = Batch(self.kernels, layout, rotary, rows)
+        parameters = [parameter for layer in self.layers for parameter in layer_parameters(layer)]
+        if not (torch.is_grad_enabled() and parameters):
+            with torch.no_grad():
+                return self.forward(states, batch, None)
+        result: Tensor = _StackFunction.apply(states.detach(), self, batch, *parameters)  # type: ignore[no-untyped-call]
+        return result
+
+    def forward(self, states: Tensor, batch: Batch, saved: list[Any] | None) -> Tensor:
+        state = Sum(states)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            state, kept = layer.forward(state, batch, number == last)
+            if saved is not None and self.trained is not None and number >= self.trained:
+                saved.append(kept)
+            del kept
+        return total_of(state, batch.kernels)
+
+    def backward(self, grad: Tensor, batch: Batch, saved: list[Any]) -> list[Tensor]:
+        state = Sum(grad.contiguous())
+        found: list[list[Tensor]] = []
+        last = len(self.layers) - 1
+        for number in range(last, (self.trained or 0) - 1, -1):
+            layer = self.layers[number]
+            below, gradients = layer.backward(state, saved.pop(), batch, number == last, number != self.trained)
+            found.append(gradients)
+            if below is not None:
+                state = below
+        return [gradient for gradients in reversed(found) for gradient in gradients]
+
+
+def layer_parameters(layer: Any) -> list[nn.Parameter]:
+    return [parameter for group in layer.groups for parameter in group.parameters]
+
+
+class _StackFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, stack: LayerStack, batch: Batch, *parameters: Tensor) -> Tensor:
+        ctx.stack, ctx.batch, ctx.kept = stack, batch, []
+        return stack.forward(states, batch, ctx.kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *ctx.stack.backward(grad, ctx.batch, ctx.kept)
+
+
+def build_stack(backbone: Any, kernels: Kernels) -> LayerStack | None:
+    """The stack of `backbone`, or None where its layers have another build.
+
+    What names and types do not show (scaled residuals, other masks) is left to a comparison of outputs.
+    """
+    layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
+    if not isinstance(layers, nn.ModuleList):
+        return None
+    fits, build = (_is_llama, _build_llama) if hasattr(backbone, "layers") else (_is_bert, _build_bert)
+    try:
+        if not all(fits(layer, backbone.config) for layer in layers):
+            return None
+    except AttributeError:  # a part that the known builds have is not there
+        return None
+    return LayerStack(backbone, [build(layer, backbone.config) for layer in layers], kernels)
+
+
+def _is_llama(layer: Any, config: Any) -> bool:
+    return bool(
+        _children(layer) == {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+        and _children(layer.self_attn) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        and _children(layer.mlp) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        and config.hidden_act == "silu"
+        and hasattr(layer.input_layernorm, "variance_epsilon")
+    )
+
+
+def _build_llama(layer: Any, config: Any) -> LlamaLayer:
+    attention = layer.self_attn
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    shape = HeadShape(config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
+    return LlamaLayer(layer, Heads(shape, attention.scaling, True, window))
+
+
+def _is_bert(layer: Any, config: Any) -> bool:
+    return bool(
+        _children(layer) == {"attention", "intermediate", "output"}
+        and _children(layer.attention.self) == {"query", "key", "value"}
+        and config.hidden_act == "gelu"
+        and not config.is_decoder
+    )
+
+
+def _build_bert(layer: Any, config: Any) -> BertLayer:
+    shape = HeadShape(config.num_attention_heads, config.num_attention_heads, layer.attention.self.attention_head_size)
+    return BertLayer(layer, Heads(shape, shape.dim**-0.5, False))
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, child in module.named_children() if not isinstance(child, nn.Dropout)}

@@ -1,0 +1,128 @@
+"""Each compiled kernel against its plain twin, on float32 and on quantised products."""
+
+import pytest
+import torch
+
+from trimtab.engine.attention import runs_of
+from trimtab.engine.fused import native, plain
+from trimtab.engine.fused.attention import make_layout
+from trimtab.engine.fused.formats import HeadShape, Product, Rotary, Rows, Want
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: the plain kernels are used")
+
+TOKENS, WIDTH, MASKS = 7, 24, 2
+SHAPE = HeadShape(2, 1, 6)  # 24 columns
+RUNS = runs_of([2, 2, 3])
+BACK = make_layout(RUNS, SHAPE, torch.device("cpu")).back
+
+
+class Draw:
+    """Random inputs of kernels, in float32 or as quantised products."""
+
+    def __init__(self, quantised):
+        self.quantised = quantised
+        self.generator = torch.Generator().manual_seed(3)
+
+    def values(self, *shape):
+        return torch.randn(*shape, generator=self.generator)
+
+    def product(self, columns=WIDTH, plain_columns=False):
+        if not self.quantised:
+            return Product(self.values(TOKENS, columns), bias=self.values(columns))
+        integers = torch.randint(-9000, 9000, (TOKENS, columns), dtype=torch.int32, generator=self.generator)
+        scale = None if plain_columns else self.values(columns).abs() + 0.1
+        return Product(integers, self.values(TOKENS, 1).abs() / 5000, scale, None, self.values(TOKENS, columns))
+
+    def want(self, columns=WIDTH):
+        return Want(True, self.quantised, self.values(columns).abs() + 0.1 if self.quantised else None)
+
+    def dropped(self):
+        keep = torch.randint(0, 2, (TOKENS, MASKS, WIDTH), dtype=torch.int8, generator=self.generator)
+        return self.values(TOKENS, MASKS * WIDTH), keep
+
+
+def rotary(draw):
+    return Rotary(draw.values(TOKENS, 3), draw.values(TOKENS, 3))
+
+
+CASES = {
+    "rows_of": lambda d: (d.values(TOKENS, WIDTH), d.want()),
+    "drop": lambda d: (d.values(TOKENS, WIDTH), d.dropped()[1]),
+    "add_parts": lambda d: (d.values(TOKENS, WIDTH), d.product(), *d.dropped()),
+    "add_parts, product only": lambda d: (None, d.product(), None, None),
+    "add_rms_norm": lambda d: (d.values(TOKENS, WIDTH), d.product(), d.values(WIDTH), 1e-5, d.want()),
+    "add_rms_norm, first": lambda d: (d.values(TOKENS, WIDTH), None, d.values(WIDTH), 1e-5, d.want()),
+    "rms_norm_backward": lambda d: (
+        d.values(TOKENS, WIDTH), d.product(plain_columns=True), *d.dropped(), d.values(TOKENS, WIDTH),
+        d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
+    "add_layer_norm": lambda d: (
+        d.values(TOKENS, WIDTH), d.product(), d.values(WIDTH), d.values(WIDTH), 1e-12, d.want()),
+    "layer_norm_backward": lambda d: (
+        d.values(TOKENS, WIDTH), d.product(plain_columns=True), *d.dropped(), d.values(TOKENS, WIDTH),
+        d.values(TOKENS, 1), d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
+    "layer_norm_backward, last": lambda d: (
+        d.values(TOKENS, WIDTH), None, None, None, d.values(TOKENS, WIDTH), d.values(TOKENS, 1),
+        d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
+    "swiglu": lambda d: (d.product(2 * WIDTH), d.want()),
+    "swiglu_backward": lambda d: (d.product(plain_columns=True), d.product(2 * WIDTH), d.want(2 * WIDTH)),
+    "gelu": lambda d: (d.product(), d.want()),
+    "gelu_backward": lambda d: (d.product(plain_columns=True), d.product(), d.want()),
+    "split_heads": lambda d: (d.product(), BACK, rotary(d), SHAPE),
+    "split_heads, no rotary": lambda d: (d.product(), BACK, None, SHAPE),
+    "split_heads_backward": lambda d: (
+        (d.values(14, 6), d.values(7, 6), d.values(7, 6)), BACK, rotary(d), SHAPE, TOKENS, d.want()),
+    "merge_heads": lambda d: (d.values(14, 6), BACK[0], TOKENS, d.want(12)),
+    "merge_heads_backward": lambda d: (d.product(12, plain_columns=True), BACK[0], 6),
+}  # fmt: skip
+
+
+def flatten(result):
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, Rows) and result.quantised is not None:  # rounding may fall on either side of a half
+        assert result.quantised.dtype == torch.int8
+        assert result.quantised.abs().max() == 127
+        return [result.values, result.scale, result.quantised * result.scale]
+    return [tensor for part in result if part is not None for tensor in flatten(part)]
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_gives_what_its_plain_twin_gives(case, quantised):
+    name = case.partition(",")[0]
+    arguments = CASES[case](Draw(quantised))
+    ours, theirs = (flatten(getattr(kernels, name)(*arguments)) for kernels in (native, plain))
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, atol=2e-6 * float(b.abs().max()) + (0.02 if quantised else 0), rtol=1e-5)
+
+
+def test_activations_are_exact_far_from_zero():
+    x = torch.linspace(-100, 100, 24 * 7).view(7, 24)
+    for name in ("gelu", "swiglu"):
+        ours, theirs = (getattr(kernels, name)(Product(x), Want(True, False)).values for kernels in (native, plain))
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_not_finite_is_not_hidden_by_rounding():
+    values = torch.ones(3, 8)
+    values[1, 2] = float("nan")
+    rows = native.rows_of(values, Want(True, True))
+    assert rows.scale.isfinite().flatten().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("kernels", [plain, native], ids=["plain", "native"])
+def test_masks_drop_at_their_rate_and_follow_the_seed(kernels):
+    def draw():
+        torch.manual_seed(5)
+        return [kernels.keep_mask((501, 3, 333), 0.2) for _ in range(2)]
+
+    (first, scale), (second, _) = draw()
+    assert abs(float(first.double().mean()) - 0.8) < 0.003
+    assert abs(float(first.double().mean()) * scale - 1) < 0.003
+    assert abs(float((first == second).double().mean()) - (0.8**2 + 0.2**2)) < 0.003  # independent of each other
+    for part in (first.double() - 0.8).unbind(1):  # rows and neighbours do not follow each other
+        assert abs(float((part[1:] * part[:-1]).mean())) < 0.003
+        assert abs(float((part[:, 1:] * part[:, :-1]).mean())) < 0.003
+    assert torch.equal(first, draw()[0][0])

@@ -1,0 +1,227 @@
+"""All layers as one function against the stock model on each text alone: outputs, gradients, switches."""
+
+import pytest
+import torch
+
+from trimtab.engine.batches import Collator
+from trimtab.engine.forward import PackedForward, PaddedForward, choose_forward
+from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.fused import native, plain
+from trimtab.engine.fused.stack import build_stack
+from trimtab.engine.prepare import prepare_adapted
+from trimtab.methods import attach_adapter
+from trimtab.study_config import build_study
+from trimtab.tasks.classification import Example, classification_loss
+from trimtab.tasks.heads import backbone_of, pools_last_token
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: models keep their own forward")
+
+LLAMA_LIKE = ["llama", "qwen2", "mistral"]
+BERT_LIKE = ["bert", "roberta", "xlm-roberta", "electra"]
+FAMILIES = LLAMA_LIKE + BERT_LIKE
+LENGTHS = [4, 9, 9, 1, 17, 4]
+
+
+def make_examples(model, lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pooled = (lambda length: length - 1) if pools_last_token(model) else (lambda length: 0)
+    return [Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None, pooled(length), i % 3)
+            for i, length in enumerate(lengths)]  # fmt: skip
+
+
+def pack(examples, choice):
+    return Collator(examples, True, choice.position_offset, 0).collate(range(len(examples)))
+
+
+def adapt(model, choice, **settings):
+    """Attach an adapter whose parameters are all alive, and prepare it as training does."""
+    peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0} | settings), [])
+    prepare_adapted(peft_model, choice.forward)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(peft_model).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    set_adapter_training(peft_model, True)
+    return peft_model
+
+
+def results(peft_model, logits, labels):
+    """Logits, and the gradients of the adapter's parameters."""
+    peft_model.zero_grad()
+    classification_loss(logits, labels).backward()
+    grads = {n: p.grad.clone() for n, p in trainable_parameters(peft_model).items() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}
+
+
+def alone(model, examples, rows):
+    """Each text by itself through the stock forward and stock attention."""
+    model.set_attn_implementation("eager")
+    collator = Collator(examples, False, 0, 0)
+    logits = torch.cat([PaddedForward(model)(collator.collate([i])) for i in range(len(examples))])[rows]
+    model.set_attn_implementation("trimtab_packed")
+    return logits
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    assert any("lora_A" in name and value.abs().max() > 1e-6 for name, value in theirs.items())
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_those_of_lone_texts(tiny_model, family, targets):
+    model = tiny_model(family)
+    choice = choose_forward(model, 0, 64, False)
+    assert choice.forward.stack is not None
+    peft_model = adapt(model, choice, target_modules=targets)
+    # ELECTRA's projection of its embeddings is a linear too; with an adapter on it, peft's forward is taken.
+    assert choice.forward.stack.fits() or (family, targets) == ("electra", "all-linear")
+    examples = make_examples(model)
+    batch = pack(examples, choice)
+    ours = results(peft_model, choice.forward(batch), batch.labels)
+    assert_equal(ours, results(peft_model, alone(model, examples, batch.rows), batch.labels))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_plain_kernels_give_the_same(tiny_model, family):
+    model = tiny_model(family)
+    choice = choose_forward(model, 0, 64, False)
+    peft_model = adapt(model, choice)
+    batch = pack(make_examples(model), choice)
+    ours = results(peft_model, choice.forward(batch), batch.labels)
+    choice.forward.stack.kernels = plain
+    assert_equal(ours, results(peft_model, choice.forward(batch), batch.labels))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "mistral"])
+def test_long_texts_and_windows(tiny_model, family):
+    changes = {"sliding_window": 20} if family == "mistral" else {}
+    model = tiny_model(family, max_position_embeddings=200, **changes)
+    choice = choose_forward(model, 0, 200, False)
+    assert choice.forward.stack is not None
+    peft_model = adapt(model, choice)
+    examples = make_examples(model, [150, 150, 30, 130])
+    batch = pack(examples, choice)
+    ours = results(peft_model, choice.forward(batch), batch.labels)
+    assert_equal(ours, results(peft_model, alone(model, examples, batch.rows), batch.labels))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_dropout_is_that_of_its_masks(tiny_model, family, monkeypatch):
+    """With the very masks that were drawn, peft's own layers give the same outputs and gradients."""
+    model = tiny_model(family)
+    choice = choose_forward(model, 0, 64, False)
+    peft_model = adapt(model, choice, lora_dropout=0.3)
+    batch = pack(make_examples(model), choice)
+    drawn = []
+
+    def keep_mask(shape, dropout):
+        keep, scale = native.__dict__["keep_mask_unwatched"](shape, dropout)
+        drawn.append(keep.float() * scale)
+        return keep, scale
+
+    monkeypatch.setitem(native.__dict__, "keep_mask_unwatched", native.keep_mask)
+    monkeypatch.setattr(native, "keep_mask", keep_mask)
+    ours = results(peft_model, choice.forward(batch), batch.labels)
+    masks = iter([part for keep in drawn for part in keep.unbind(1)])  # by layer, then query and value
+    assert float(torch.cat(drawn).eq(0).double().mean()) > 0.2
+    for module in peft_model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.__class__ = module.__class__.__mro__[1]  # peft's own layer
+            mask = next(masks)
+            module.lora_dropout["default"].forward = lambda x, mask=mask: x * mask
+    assert_equal(ours, results(peft_model, PackedForward(model)(batch), batch.labels))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_text_leaves_its_neighbours_alone(tiny_model, family):
+    model = tiny_model(family)
+    choice = choose_forward(model, 0, 64, False)
+    peft_model = adapt(model, choice)
+    examples = make_examples(model)
+    changed_row = 4
+    other = Example([7] * len(examples[changed_row]), None, examples[changed_row].pooled, 0)
+
+    def run(rows):
+        batch = pack(rows, choice)
+        kept = [i for i, row in enumerate(batch.rows) if row != changed_row]
+        return results(peft_model, choice.forward(batch)[kept], batch.labels[kept])
+
+    before, after = run(examples), run([other if i == changed_row else e for i, e in enumerate(examples)])
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_all_states_where_no_rows_are_asked_for(tiny_model, family):
+    model = tiny_model(family)
+    choice = choose_forward(model, 0, 64, False)
+    batch = pack(make_examples(model), choice)
+    with torch.no_grad():
+        ours = choice.forward.hidden_states(batch)
+        torch.testing.assert_close(ours, PackedForward(model).hidden_states(batch), atol=1e-5, rtol=1e-5)
+        rows = torch.tensor([3, 8, 20])
+        torch.testing.assert_close(choice.forward.hidden_states(batch, rows), ours[rows], atol=1e-6, rtol=1e-6)
+
+
+def test_only_the_layers_from_the_lowest_adapter_up_are_kept_for_the_backward(tiny_model):
+    model = tiny_model("llama", num_hidden_layers=4)
+    choice = choose_forward(model, 0, 64, False)
+    peft_model = adapt(model, choice)
+    for name, parameter in peft_model.named_parameters():
+        if "lora" in name and (".layers.0." in name or ".layers.1." in name):
+            parameter.requires_grad_(False)
+    for layer in backbone_of(model).layers[:2]:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            linear.delete_adapter("default")
+    examples = make_examples(model)
+    batch = pack(examples, choice)
+    ours = results(peft_model, choice.forward(batch), batch.labels)
+    assert choice.forward.stack.trained == 2
+    assert_equal(ours, results(peft_model, alone(model, examples, batch.rows), batch.labels))
+
+
+def test_a_disabled_or_merged_adapter_is_not_computed_twice(tiny_model):
+    model = tiny_model("llama")
+    choice = choose_forward(model, 0, 64, False)
+    batch = pack(make_examples(model), choice)
+    with torch.no_grad():
+        base = choice.forward(batch)
+        peft_model = adapt(model, choice)
+        tuned = choice.forward(batch)
+        assert (tuned - base).abs().max() > 1e-4
+        with peft_model.disable_adapter():
+            torch.testing.assert_close(choice.forward(batch), base, atol=0, rtol=0)
+        peft_model.merge_adapter()
+        torch.testing.assert_close(choice.forward(batch), tuned, atol=1e-5, rtol=1e-5)
+        peft_model.unmerge_adapter()
+        torch.testing.assert_close(choice.forward(batch), tuned, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+def test_other_methods_take_the_forward_of_peft(tiny_model, method):
+    model = tiny_model("llama")
+    choice = choose_forward(model, 0, 64, False)
+    peft_model = adapt(model, choice, method=method)
+    assert not choice.forward.stack.fits()
+    examples = make_examples(model)
+    batch = pack(examples, choice)
+    torch.testing.assert_close(choice.forward(batch), alone(model, examples, batch.rows), atol=1e-5, rtol=1e-5)
+    assert peft_model is not None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "distilbert", "modernbert", "opt"])
+def test_another_build_has_no_stack(tiny_model, family):
+    assert build_stack(backbone_of(tiny_model(family)), native) is None
+
+
+def test_a_build_that_only_looks_known_is_found_out_by_its_outputs(tiny_model):
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output * 0.3)
+    assert build_stack(backbone_of(model), native) is not None
+    choice = choose_forward(model, 0, 64, False)
+    assert choice.forward.packed
+    assert choice.forward.stack is None
