@@ -3,17 +3,13 @@
 import pytest
 import torch
 
-from trimtab.engine.attention import runs_of
 from trimtab.engine.fused import native, plain
-from trimtab.engine.fused.attention import make_layout
-from trimtab.engine.fused.formats import HeadShape, Product, Rotary, Rows, Want
+from trimtab.engine.fused.formats import Heads, HeadShape, Product, Rotary, Rows, Want
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: the plain kernels are used")
 
 TOKENS, WIDTH, MASKS = 7, 24, 2
 SHAPE = HeadShape(2, 1, 6)  # 24 columns
-RUNS = runs_of([2, 2, 3])
-BACK = make_layout(RUNS, SHAPE, torch.device("cpu")).back
 
 
 class Draw:
@@ -67,12 +63,9 @@ CASES = {
     "swiglu_backward": lambda d: (d.product(plain_columns=True), d.product(2 * WIDTH), d.want(2 * WIDTH)),
     "gelu": lambda d: (d.product(), d.want()),
     "gelu_backward": lambda d: (d.product(plain_columns=True), d.product(), d.want()),
-    "split_heads": lambda d: (d.product(), BACK, rotary(d), SHAPE),
-    "split_heads, no rotary": lambda d: (d.product(), BACK, None, SHAPE),
-    "split_heads_backward": lambda d: (
-        (d.values(14, 6), d.values(7, 6), d.values(7, 6)), BACK, rotary(d), SHAPE, TOKENS, d.want()),
-    "merge_heads": lambda d: (d.values(14, 6), BACK[0], TOKENS, d.want(12)),
-    "merge_heads_backward": lambda d: (d.product(12, plain_columns=True), BACK[0], 6),
+    "rotate_heads": lambda d: (d.product(), rotary(d), SHAPE),
+    "rotate_heads, no rotary": lambda d: (d.product(), None, SHAPE),
+    "rotate_heads_backward": lambda d: (d.values(TOKENS, WIDTH), rotary(d), SHAPE, d.want()),
 }  # fmt: skip
 
 
@@ -96,6 +89,25 @@ def test_a_kernel_gives_what_its_plain_twin_gives(case, quantised):
     for a, b in zip(ours, theirs, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, atol=2e-6 * float(b.abs().max()) + (0.02 if quantised else 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3, 60])
+@pytest.mark.parametrize(("query", "key_value", "dim"), [(4, 2, 8), (3, 1, 64), (2, 2, 20)])
+def test_attention_gives_what_its_plain_twin_gives(query, key_value, dim, window, causal):
+    shape = HeadShape(query, key_value, dim)
+    heads = Heads(shape, 0.3, causal, window)
+    lengths = [1, 1, 5, 16, 17, 96, 97, 200]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    draw = Draw(False)
+    projected = draw.values(sum(lengths), (query + 2 * key_value) * dim)
+    grad = draw.values(sum(lengths), query * dim)
+    results = []
+    for kernels in (native, plain):
+        attended, log_sums = kernels.attention_forward(projected, starts, heads)
+        results.append((attended, kernels.attention_backward(grad, projected, attended, log_sums, starts, heads)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
 def test_activations_are_exact_far_from_zero():

@@ -46,3 +46,12 @@ class Rotary(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+
+class Heads(NamedTuple):
+    """How a family attends; a window counts the tokens that a query sees on a side, itself among them."""
+
+    shape: HeadShape
+    scaling: float
+    causal: bool
+    window: int | None = None

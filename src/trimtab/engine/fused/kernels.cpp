@@ -132,6 +132,100 @@ inline uint32_t hash(uint32_t x) {
 
 using Buffer = std::vector<float>;
 
+// Products small enough for the second-level cache: a block of ROWS x VECTORS registers gathers a whole sum.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, VECTORS = 4, ROWS = 6;
+#else
+constexpr int64_t LANES = 8, VECTORS = 2, ROWS = 4;
+#endif
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+constexpr int64_t CHUNK = 96;  // query rows at a time
+
+inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+template <int R, int W>
+inline void block(int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b, int64_t b_step,
+                  float* c, int64_t c_step, bool add) {
+  Vector sums[R][W];
+  for (int r = 0; r < R; r++)
+    for (int w = 0; w < W; w++)
+      sums[r][w] = add ? *reinterpret_cast<const Vector*>(c + r * c_step + w * LANES) : Vector{};
+  for (int64_t i = 0; i < inner; i++) {
+    Vector right[W];
+    for (int w = 0; w < W; w++) right[w] = *reinterpret_cast<const Vector*>(b + i * b_step + w * LANES);
+    for (int r = 0; r < R; r++) {
+      const float left = a[r * row_step + i * inner_step];
+      for (int w = 0; w < W; w++) sums[r][w] += left * right[w];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int w = 0; w < W; w++) *reinterpret_cast<Vector*>(c + r * c_step + w * LANES) = sums[r][w];
+}
+
+template <int R>
+inline void strip(int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b,
+                  int64_t b_step, float* c, int64_t c_step, bool add) {
+  int64_t j = 0;
+  for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES)
+    block<R, VECTORS>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
+  for (; j < columns; j += LANES) block<R, 1>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
+}
+
+// c [rows, columns] (+)= a [rows, inner] b [inner, columns]; columns is a multiple of LANES, a may be transposed.
+void product(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step,
+             const float* b, int64_t b_step, float* c, int64_t c_step, bool add) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS)
+    strip<ROWS>(columns, inner, a + r * row_step, row_step, inner_step, b, b_step, c + r * c_step, c_step, add);
+  for (; r < rows; r++)
+    strip<1>(columns, inner, a + r * row_step, row_step, inner_step, b, b_step, c + r * c_step, c_step, add);
+}
+
+// [rows, n] of rows `step` apart, with each row filled up by zeros to a multiple of LANES.
+void pack(const float* from, int64_t step, int64_t rows, int64_t n, Buffer& to) {
+  const int64_t width = padded(n);
+  to.assign(rows * width, 0.0f);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(to.data() + r * width, from + r * step, n * sizeof(float));
+}
+
+// The same, transposed: [n, rows].
+void pack_transposed(const float* from, int64_t step, int64_t rows, int64_t n, Buffer& to) {
+  const int64_t width = padded(rows);
+  to.assign(n * width, 0.0f);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < n; i++) to[i * width + r] = from[r * step + i];
+}
+
+struct Span {
+  int64_t begin, end;
+};
+
+// The keys that a query at `place` sees.
+inline Span visible(int64_t place, int64_t length, int64_t causal, int64_t window) {
+  const int64_t begin = window && place - window + 1 > 0 ? place - window + 1 : 0;
+  const int64_t ahead = window ? place + window : length;
+  return {begin, causal ? place + 1 : (ahead < length ? ahead : length)};
+}
+
+// Softmax of scores x scaling over the span, zeros elsewhere; returns the logarithm of the sum.
+float softmax(float* scores, Span span, int64_t n, float scaling) {
+  float largest = -3.0e38f;
+  for (int64_t j = span.begin; j < span.end; j++) {
+    scores[j] *= scaling;
+    largest = scores[j] > largest ? scores[j] : largest;
+  }
+  for (int64_t j = 0; j < span.begin; j++) scores[j] = 0.0f;
+  for (int64_t j = span.end; j < n; j++) scores[j] = 0.0f;
+  float sum = 0;
+  for (int64_t j = span.begin; j < span.end; j++) {
+    scores[j] = exponential(scores[j] - largest);
+    sum += scores[j];
+  }
+  const float inverse = 1.0f / sum;
+  for (int64_t j = span.begin; j < span.end; j++) scores[j] *= inverse;
+  return largest + std::log(sum);
+}
+
 }  // namespace
 
 #define EACH_TOKEN _Pragma("omp for schedule(static)") for (int64_t t = 0; t < tokens; t++)
@@ -336,69 +430,126 @@ void gelu_backward(Product grad, Product inner, int64_t tokens, int64_t n, Want 
   }
 }
 
-// Query, key and value heads of a projected row go to their rows in attention's order.
-void split_heads(Product projected, const int64_t* query_back, const int64_t* key_back, const float* cos,
-                 const float* sin, int64_t tokens, int64_t heads, int64_t key_heads, int64_t dim, float* query,
-                 float* key, float* value) {
+// Projected rows with their query and key heads rotated by their positions; values stay.
+void rotate_heads(Product projected, const float* cos, const float* sin, int64_t tokens, int64_t heads,
+                  int64_t key_heads, int64_t dim, float* out) {
+  const int64_t all = heads + 2 * key_heads, half = dim / 2;
+  PARALLEL EACH_TOKEN {
+    float* row = out + t * all * dim;
+    load(projected, t, all * dim, row);
+    if (!cos) continue;
+    for (int64_t h = 0; h < heads + key_heads; h++)
+      rotate(row + h * dim, cos + t * half, sin + t * half, half, 1.0f);
+  }
+}
+
+void rotate_heads_backward(const float* grad, const float* cos, const float* sin, int64_t tokens, int64_t heads,
+                           int64_t key_heads, int64_t dim, Want want) {
   const int64_t all = heads + 2 * key_heads, half = dim / 2;
   PARALLEL {
     Buffer buffer(all * dim);
     float* row = buffer.data();
     EACH_TOKEN {
-      load(projected, t, all * dim, row);
-      for (int64_t h = 0; h < all; h++) {
-        float* head = row + h * dim;
-        if (cos && h < heads + key_heads) rotate(head, cos + t * half, sin + t * half, half, 1.0f);
-        float* to = h < heads               ? query + query_back[t * heads + h] * dim
-                    : h < heads + key_heads ? key + key_back[t * key_heads + h - heads] * dim
-                                            : value + key_back[t * key_heads + h - heads - key_heads] * dim;
-        std::memcpy(to, head, dim * sizeof(float));
-      }
-    }
-  }
-}
-
-void merge_heads(const float* attended, const int64_t* back, int64_t tokens, int64_t heads, int64_t dim, Want want) {
-  PARALLEL {
-    Buffer buffer(heads * dim);
-    float* row = buffer.data();
-    EACH_TOKEN {
-      for (int64_t h = 0; h < heads; h++)
-        std::memcpy(row + h * dim, attended + back[t * heads + h] * dim, dim * sizeof(float));
-      store(want, t, heads * dim, row);
-    }
-  }
-}
-
-void merge_heads_backward(Product grad, const int64_t* back, int64_t tokens, int64_t heads, int64_t dim, float* out) {
-  PARALLEL {
-    Buffer buffer(heads * dim);
-    float* row = buffer.data();
-    EACH_TOKEN {
-      load(grad, t, heads * dim, row);
-      for (int64_t h = 0; h < heads; h++)
-        std::memcpy(out + back[t * heads + h] * dim, row + h * dim, dim * sizeof(float));
-    }
-  }
-}
-
-void split_heads_backward(const float* query, const float* key, const float* value, const int64_t* query_back,
-                          const int64_t* key_back, const float* cos, const float* sin, int64_t tokens, int64_t heads,
-                          int64_t key_heads, int64_t dim, Want want) {
-  const int64_t all = heads + 2 * key_heads, half = dim / 2;
-  PARALLEL {
-    Buffer buffer(all * dim);
-    float* row = buffer.data();
-    EACH_TOKEN {
-      for (int64_t h = 0; h < all; h++) {
-        const float* from = h < heads               ? query + query_back[t * heads + h] * dim
-                            : h < heads + key_heads ? key + key_back[t * key_heads + h - heads] * dim
-                                                    : value + key_back[t * key_heads + h - heads - key_heads] * dim;
-        float* head = row + h * dim;
-        std::memcpy(head, from, dim * sizeof(float));
-        if (cos && h < heads + key_heads) rotate(head, cos + t * half, sin + t * half, half, -1.0f);
-      }
+      std::memcpy(row, grad + t * all * dim, all * dim * sizeof(float));
+      for (int64_t h = 0; cos && h < heads + key_heads; h++)
+        rotate(row + h * dim, cos + t * half, sin + t * half, half, -1.0f);
       store(want, t, all * dim, row);
+    }
+  }
+}
+
+// Attention within each text of a pack, for one key head and its query heads at a time.
+// projected: [tokens, (heads + 2 key_heads) dim]; texts [t] spans tokens starts[t] to starts[t + 1].
+// out: [tokens, heads dim]; log_sums: [tokens, heads], from which the backward finds the weights again.
+void attention_forward(const float* projected, const int64_t* starts, int64_t texts, int64_t heads, int64_t key_heads,
+                       int64_t dim, float scaling, int64_t causal, int64_t window, float* out, float* log_sums) {
+  const int64_t width = (heads + 2 * key_heads) * dim, groups = heads / key_heads;
+#pragma omp parallel
+  {
+    Buffer kt, v, weights, attended;
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < texts * key_heads; job++) {
+      const int64_t text = job / key_heads, kv = job % key_heads, first = starts[text];
+      const int64_t length = starts[text + 1] - first, keys = padded(length), columns = padded(dim);
+      const float* key = projected + first * width + (heads + kv) * dim;
+      pack_transposed(key, width, length, dim, kt);
+      pack(key + key_heads * dim, width, length, dim, v);
+      weights.resize(CHUNK * keys);
+      attended.resize(CHUNK * columns);
+      for (int64_t h = kv * groups; h < (kv + 1) * groups; h++)
+        for (int64_t row = 0; row < length; row += CHUNK) {
+          const int64_t rows = length - row < CHUNK ? length - row : CHUNK;
+          const int64_t seen = causal ? row + rows : length;
+          const float* query = projected + (first + row) * width + h * dim;
+          product(rows, padded(seen), dim, query, width, 1, kt.data(), keys, weights.data(), keys, false);
+          for (int64_t i = 0; i < rows; i++) {
+            const Span span = visible(row + i, length, causal, window);
+            const float log_sum = softmax(weights.data() + i * keys, span, seen, scaling);
+            log_sums[(first + row + i) * heads + h] = log_sum;
+          }
+          product(rows, columns, seen, weights.data(), keys, 1, v.data(), columns, attended.data(), columns, false);
+          for (int64_t i = 0; i < rows; i++)
+            std::memcpy(out + ((first + row + i) * heads + h) * dim, attended.data() + i * columns, dim * sizeof(float));
+        }
+    }
+  }
+}
+
+// The gradient of `projected` (every element is written) from that of `out`.
+void attention_backward(const float* grad, const float* projected, const float* out, const float* log_sums,
+                        const int64_t* starts, int64_t texts, int64_t heads, int64_t key_heads, int64_t dim,
+                        float scaling, int64_t causal, int64_t window, float* grad_projected) {
+  const int64_t width = (heads + 2 * key_heads) * dim, groups = heads / key_heads;
+#pragma omp parallel
+  {
+    Buffer k, kt, vt, weights, by_weights, g, q, by_query, by_key, by_value;
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < texts * key_heads; job++) {
+      const int64_t text = job / key_heads, kv = job % key_heads, first = starts[text];
+      const int64_t length = starts[text + 1] - first, keys = padded(length), columns = padded(dim);
+      const float* key = projected + first * width + (heads + kv) * dim;
+      pack(key, width, length, dim, k);
+      pack_transposed(key, width, length, dim, kt);
+      pack_transposed(key + key_heads * dim, width, length, dim, vt);
+      weights.resize(CHUNK * keys);
+      by_weights.resize(CHUNK * keys);
+      by_query.resize(CHUNK * columns);
+      by_key.assign(length * columns, 0.0f);
+      by_value.assign(length * columns, 0.0f);
+      for (int64_t h = kv * groups; h < (kv + 1) * groups; h++)
+        for (int64_t row = 0; row < length; row += CHUNK) {
+          const int64_t rows = length - row < CHUNK ? length - row : CHUNK;
+          const int64_t seen = causal ? row + rows : length, token = first + row;
+          pack(projected + token * width + h * dim, width, rows, dim, q);
+          pack(grad + (token * heads + h) * dim, heads * dim, rows, dim, g);
+          product(rows, padded(seen), dim, q.data(), columns, 1, kt.data(), keys, weights.data(), keys, false);
+          product(rows, padded(seen), dim, g.data(), columns, 1, vt.data(), keys, by_weights.data(), keys, false);
+          for (int64_t i = 0; i < rows; i++) {
+            const float* o = out + ((token + i) * heads + h) * dim;
+            float along = 0;
+            for (int64_t d = 0; d < dim; d++) along += o[d] * g[i * columns + d];
+            float *w = weights.data() + i * keys, *b = by_weights.data() + i * keys;
+            const Span span = visible(row + i, length, causal, window);
+            const float log_sum = log_sums[(token + i) * heads + h];
+            for (int64_t j = 0; j < seen; j++) {
+              const bool sees = j >= span.begin && j < span.end;
+              const float weight = sees ? exponential(w[j] * scaling - log_sum) : 0.0f;
+              w[j] = weight;
+              b[j] = weight * (b[j] - along) * scaling;
+            }
+          }
+          product(rows, columns, seen, by_weights.data(), keys, 1, k.data(), columns, by_query.data(), columns, false);
+          for (int64_t i = 0; i < rows; i++)
+            std::memcpy(grad_projected + (token + i) * width + h * dim, by_query.data() + i * columns,
+                        dim * sizeof(float));
+          product(seen, columns, rows, weights.data(), 1, keys, g.data(), columns, by_value.data(), columns, true);
+          product(seen, columns, rows, by_weights.data(), 1, keys, q.data(), columns, by_key.data(), columns, true);
+        }
+      float* by = grad_projected + first * width + (heads + kv) * dim;
+      for (int64_t j = 0; j < length; j++) {
+        std::memcpy(by + j * width, by_key.data() + j * columns, dim * sizeof(float));
+        std::memcpy(by + j * width + key_heads * dim, by_value.data() + j * columns, dim * sizeof(float));
+      }
     }
   }
 }

@@ -2,7 +2,7 @@
 
 The plain twins are the layers of transformers themselves. What a layer hands on is not summed up
 yet: a residual and the product still to be added to it, so that the next kernel does both in one
-pass. `Batch` is what all layers of a pass share.
+pass.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from trimtab.engine.fused.attention import Heads, Layout, attention_backward, attention_forward
-from trimtab.engine.fused.formats import Product, Rotary, Rows, Want
+from trimtab.engine.fused.formats import Heads, Product, Rotary, Rows, Want
 from trimtab.engine.fused.linears import InputGradient, Kernels, LinearGroup
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`rows` are the tokens that the last layer is asked for, None for all."""
+    """What all layers of a pass share: `starts` are the texts' first tokens, then the number of tokens.
+
+    `rows` are the tokens that are asked for, None for all.
+    """
 
     kernels: Kernels
-    layout: Layout
+    starts: Tensor
     rotary: Rotary | None = None
     rows: Tensor | None = None
 
@@ -50,31 +52,27 @@ class AttentionPart:
         self.output = output
 
     def forward(self, rows: Rows, batch: Batch, selected: Tensor | None) -> tuple[Product, Any]:
-        layout = batch.layout
-        projected, kept_qkv = self.qkv.forward(rows, batch.kernels)
-        qkv = batch.kernels.split_heads(projected, layout.back, batch.rotary, self.heads.shape)
-        attended, probabilities = attention_forward(qkv, layout, self.heads)
-        merged = batch.kernels.merge_heads(attended, layout.back[0], layout.tokens, self.output.wants)
+        product, kept_qkv = self.qkv.forward(rows, batch.kernels)
+        projected = batch.kernels.rotate_heads(product, batch.rotary, self.heads.shape)
+        attended, log_sums = batch.kernels.attention_forward(projected, batch.starts, self.heads)
+        merged = batch.kernels.rows_of(attended, self.output.wants)
         if selected is not None:
             merged = _select(merged, selected)
         product, kept_output = self.output.forward(merged, batch.kernels)
-        return product, (kept_qkv, qkv, probabilities, kept_output)
+        return product, (kept_qkv, projected, attended, log_sums, kept_output)
 
     def backward(
         self, grad: Rows, saved: Any, batch: Batch, selected: Tensor | None, needs_input: bool
     ) -> tuple[InputGradient | None, list[Tensor]]:
-        kept_qkv, qkv, probabilities, kept_output = saved
-        layout = batch.layout
+        kept_qkv, projected, attended, log_sums, kept_output = saved
         by_merged, of_output = self.output.backward(grad, kept_output, True)
         assert by_merged is not None
-        product = _whole(by_merged, batch.kernels)
+        by_attended = batch.kernels.add_parts(None, *by_merged)
         if selected is not None:
-            values = batch.kernels.add_parts(None, product, None, None)
-            product = Product(values.new_zeros(layout.tokens, values.shape[1]).index_copy_(0, selected, values))
-        by_attended = batch.kernels.merge_heads_backward(product, layout.back[0], self.heads.shape.dim)
-        grads = attention_backward(by_attended, qkv, probabilities, layout, self.heads)
-        by_projected = batch.kernels.split_heads_backward(
-            grads, layout.back, batch.rotary, self.heads.shape, layout.tokens, self.qkv.wants_gradient
+            by_attended = _spread(by_attended, selected, len(projected))
+        grads = batch.kernels.attention_backward(by_attended, projected, attended, log_sums, batch.starts, self.heads)
+        by_projected = batch.kernels.rotate_heads_backward(
+            grads, batch.rotary, self.heads.shape, self.qkv.wants_gradient
         )
         by_input, of_qkv = self.qkv.backward(by_projected, kept_qkv, needs_input)
         return by_input, of_qkv + of_output

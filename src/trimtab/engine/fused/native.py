@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trimtab.cache import cache_folder
-from trimtab.engine.fused.formats import HeadShape, Product, Rotary, Rows, Want
+from trimtab.engine.fused.formats import Heads, HeadShape, Product, Rotary, Rows, Want
 from trimtab.engine.lora import DROPOUT_LEVELS
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
@@ -219,38 +219,30 @@ def gelu_backward(grad: Product, inner: Product, want: Want) -> Rows:
     return rows
 
 
-def split_heads(
-    projected: Product, back: tuple[Tensor, Tensor], rotary: Rotary | None, shape: HeadShape
-) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = projected.values.shape[0]
-    query = torch.empty(tokens * shape.query, shape.dim)
-    key, value = (torch.empty(tokens * shape.key_value, shape.dim) for _ in range(2))
-    _call("split_heads", projected, *back, *(rotary or (None, None)), tokens, *shape, query, key, value)
-    return query, key, value
+def rotate_heads(projected: Product, rotary: Rotary | None, shape: HeadShape) -> Tensor:
+    out = torch.empty(projected.values.shape)
+    _call("rotate_heads", projected, *(rotary or (None, None)), len(out), *shape, out)
+    return out
 
 
-def split_heads_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    back: tuple[Tensor, Tensor],
-    rotary: Rotary | None,
-    shape: HeadShape,
-    tokens: int,
-    want: Want,
-) -> Rows:
-    rows, pointers = _output((tokens, (shape.query + 2 * shape.key_value) * shape.dim), want)
-    _call("split_heads_backward", *grads, *back, *(rotary or (None, None)), tokens, *shape, pointers)
+def rotate_heads_backward(grad: Tensor, rotary: Rotary | None, shape: HeadShape, want: Want) -> Rows:
+    rows, pointers = _output(grad.shape, want)
+    _call("rotate_heads_backward", grad, *(rotary or (None, None)), len(grad), *shape, pointers)
     return rows
 
 
-def merge_heads(attended: Tensor, back: Tensor, tokens: int, want: Want) -> Rows:
-    heads, dim = len(attended) // tokens, attended.shape[1]
-    rows, pointers = _output((tokens, heads * dim), want)
-    _call("merge_heads", attended, back, tokens, heads, dim, pointers)
-    return rows
+def attention_forward(projected: Tensor, starts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    shape = heads.shape
+    out, log_sums = torch.empty(len(projected), shape.query * shape.dim), torch.empty(len(projected), shape.query)
+    _call("attention_forward", projected, starts, len(starts) - 1, *shape, float(heads.scaling), int(heads.causal),
+          heads.window or 0, out, log_sums)  # fmt: skip
+    return out, log_sums
 
 
-def merge_heads_backward(grad: Product, back: Tensor, dim: int) -> Tensor:
-    tokens, columns = grad.values.shape
-    out = torch.empty(tokens * columns // dim, dim)
-    _call("merge_heads_backward", grad, back, tokens, columns // dim, dim, out)
+def attention_backward(
+    grad: Tensor, projected: Tensor, attended: Tensor, log_sums: Tensor, starts: Tensor, heads: Heads
+) -> Tensor:
+    out = torch.empty_like(projected)
+    _call("attention_backward", grad, projected, attended, log_sums, starts, len(starts) - 1, *heads.shape,
+          float(heads.scaling), int(heads.causal), heads.window or 0, out)  # fmt: skip
     return out

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trimtab.engine.fused.attention import attention_backward as attention_backward
+from trimtab.engine.fused.attention import attention_forward as attention_forward
 from trimtab.engine.fused.formats import HeadShape, Product, Rotary, Rows, Want
 from trimtab.engine.lora import draw_keep_mask
 
@@ -149,44 +151,18 @@ def _rotate(heads: Tensor, rotary: Rotary, direction: int) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def split_heads(
-    projected: Product, back: tuple[Tensor, Tensor], rotary: Rotary | None, shape: HeadShape
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [rows, dim] in attention's order, rotated; `back` are the rows by (token, head)."""
-    values = _value_of(projected)
-    values = values.view(len(values), -1, shape.dim)
-    parts = list(torch.split(values, [shape.query, shape.key_value, shape.key_value], 1))
-    if rotary is not None:
-        parts[:2] = [_rotate(part, rotary, 1) for part in parts[:2]]
-    query, key, value = (
-        torch.empty_like(part).view(-1, shape.dim).index_copy_(0, place, part.reshape(-1, shape.dim))
-        for part, place in zip(parts, (back[0], back[1], back[1]), strict=True)
-    )
-    return query, key, value
+def rotate_heads(projected: Product, rotary: Rotary | None, shape: HeadShape) -> Tensor:
+    """Projected rows [tokens, heads x dim], their query and key heads rotated by position."""
+    return _rotate_all(_value_of(projected), rotary, shape, 1)
 
 
-def split_heads_backward(
-    grads: tuple[Tensor, Tensor, Tensor],
-    back: tuple[Tensor, Tensor],
-    rotary: Rotary | None,
-    shape: HeadShape,
-    tokens: int,
-    want: Want,
-) -> Rows:
-    """Gradient of the projected rows from those of query, key and value."""
-    places = (back[0], back[1], back[1])
-    parts = [grad[place].view(tokens, -1, shape.dim) for grad, place in zip(grads, places, strict=True)]
-    if rotary is not None:
-        parts[:2] = [_rotate(part, rotary, -1) for part in parts[:2]]
-    return _rows(torch.cat(parts, 1).flatten(1), want)
+def rotate_heads_backward(grad: Tensor, rotary: Rotary | None, shape: HeadShape, want: Want) -> Rows:
+    return _rows(_rotate_all(grad, rotary, shape, -1), want)
 
 
-def merge_heads(attended: Tensor, back: Tensor, tokens: int, want: Want) -> Rows:
-    """[tokens, heads x dim] from attention's order."""
-    return _rows(attended[back].view(tokens, -1), want)
-
-
-def merge_heads_backward(grad: Product, back: Tensor, dim: int) -> Tensor:
-    """Gradient of what attention gave, in its own order."""
-    values = _value_of(grad).view(-1, dim)
-    return torch.empty_like(values).index_copy_(0, back, values)
+def _rotate_all(rows: Tensor, rotary: Rotary | None, shape: HeadShape, direction: int) -> Tensor:
+    if rotary is None:
+        return rows
+    turned = (shape.query + shape.key_value) * shape.dim
+    heads = rows[:, :turned].view(len(rows), -1, shape.dim)
+    return torch.cat([_rotate(heads, rotary, direction).flatten(1), rows[:, turned:]], 1)

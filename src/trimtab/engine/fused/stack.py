@@ -8,6 +8,7 @@ peft attaches, saves and loads as before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trimtab.engine.attention import Run
-from trimtab.engine.fused.attention import Heads, make_layout
-from trimtab.engine.fused.formats import HeadShape, Rotary
+from trimtab.engine.fused.formats import Heads, HeadShape, Rotary
 from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, Sum, total_of
 from trimtab.engine.fused.linears import Kernels, LinearGroup, NotPlainError
 
@@ -67,8 +67,9 @@ class LayerStack:
 
     def run(self, states: Tensor, runs: Sequence[Run], rotary: Rotary | None, rows: Tensor | None) -> Tensor:
         """States [tokens, hidden] after the last layer, of `rows` only where given."""
-        layout = make_layout(runs, self.layers[0].attention.heads.shape, states.device)
-        batch = Batch(self.kernels, layout, rotary, rows)
+        lengths = [run.length for run in runs for _ in range(run.texts)]
+        starts = torch.tensor([0, *accumulate(lengths)], device=states.device)
+        batch = Batch(self.kernels, starts, rotary, rows)
         parameters = [parameter for layer in self.layers for parameter in layer_parameters(layer)]
         if not (torch.is_grad_enabled() and parameters):
             with torch.no_grad():
