@@ -168,6 +168,8 @@ inline void strip(int64_t columns, int64_t inner, const float* a, int64_t row_st
   int64_t j = 0;
   for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES)
     block<R, VECTORS>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
+  for (; j + 2 * LANES <= columns; j += 2 * LANES)
+    block<R, 2>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
   for (; j < columns; j += LANES) block<R, 1>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
 }
 
@@ -175,10 +177,16 @@ inline void strip(int64_t columns, int64_t inner, const float* a, int64_t row_st
 void product(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step,
              const float* b, int64_t b_step, float* c, int64_t c_step, bool add) {
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS)
-    strip<ROWS>(columns, inner, a + r * row_step, row_step, inner_step, b, b_step, c + r * c_step, c_step, add);
-  for (; r < rows; r++)
-    strip<1>(columns, inner, a + r * row_step, row_step, inner_step, b, b_step, c + r * c_step, c_step, add);
+#define STRIP(R) strip<R>(columns, inner, a + r * row_step, row_step, inner_step, b, b_step, c + r * c_step, c_step, add)
+  for (; r + ROWS <= rows; r += ROWS) STRIP(ROWS);
+  switch (rows - r) {
+    case 1: STRIP(1); break;
+    case 2: STRIP(2); break;
+    case 3: STRIP(3); break;
+    case 4: STRIP(4); break;
+    case 5: STRIP(5); break;
+  }
+#undef STRIP
 }
 
 // [rows, n] of rows `step` apart, with each row filled up by zeros to a multiple of LANES.
@@ -208,21 +216,24 @@ inline Span visible(int64_t place, int64_t length, int64_t causal, int64_t windo
 }
 
 // Softmax of scores x scaling over the span, zeros elsewhere; returns the logarithm of the sum.
+// n is a multiple of LANES: no tail is left to scalar code.
 float softmax(float* scores, Span span, int64_t n, float scaling) {
-  float largest = -3.0e38f;
-  for (int64_t j = span.begin; j < span.end; j++) {
-    scores[j] *= scaling;
-    largest = scores[j] > largest ? scores[j] : largest;
+  for (int64_t j = 0; j < n; j++) scores[j] = j >= span.begin && j < span.end ? scores[j] * scaling : -3.0e38f;
+  Vector lanes = *reinterpret_cast<const Vector*>(scores);
+  for (int64_t j = LANES; j < n; j += LANES) {
+    const Vector next = *reinterpret_cast<const Vector*>(scores + j);
+    lanes = next > lanes ? next : lanes;
   }
-  for (int64_t j = 0; j < span.begin; j++) scores[j] = 0.0f;
-  for (int64_t j = span.end; j < n; j++) scores[j] = 0.0f;
+  float largest = lanes[0];
+  for (int64_t j = 1; j < LANES; j++) largest = lanes[j] > largest ? lanes[j] : largest;
   float sum = 0;
-  for (int64_t j = span.begin; j < span.end; j++) {
-    scores[j] = exponential(scores[j] - largest);
+  for (int64_t j = 0; j < n; j++) {
+    const float weight = exponential(scores[j] - largest);
+    scores[j] = j >= span.begin && j < span.end ? weight : 0.0f;
     sum += scores[j];
   }
   const float inverse = 1.0f / sum;
-  for (int64_t j = span.begin; j < span.end; j++) scores[j] *= inverse;
+  for (int64_t j = 0; j < n; j++) scores[j] *= inverse;
   return largest + std::log(sum);
 }
 
@@ -484,7 +495,7 @@ void attention_forward(const float* projected, const int64_t* starts, int64_t te
           product(rows, padded(seen), dim, query, width, 1, kt.data(), keys, weights.data(), keys, false);
           for (int64_t i = 0; i < rows; i++) {
             const Span span = visible(row + i, length, causal, window);
-            const float log_sum = softmax(weights.data() + i * keys, span, seen, scaling);
+            const float log_sum = softmax(weights.data() + i * keys, span, padded(seen), scaling);
             log_sums[(first + row + i) * heads + h] = log_sum;
           }
           product(rows, columns, seen, weights.data(), keys, 1, v.data(), columns, attended.data(), columns, false);
@@ -531,11 +542,11 @@ void attention_backward(const float* grad, const float* projected, const float* 
             float *w = weights.data() + i * keys, *b = by_weights.data() + i * keys;
             const Span span = visible(row + i, length, causal, window);
             const float log_sum = log_sums[(token + i) * heads + h];
-            for (int64_t j = 0; j < seen; j++) {
+            for (int64_t j = 0; j < padded(seen); j++) {
               const bool sees = j >= span.begin && j < span.end;
-              const float weight = sees ? exponential(w[j] * scaling - log_sum) : 0.0f;
-              w[j] = weight;
-              b[j] = weight * (b[j] - along) * scaling;
+              const float weight = exponential(w[j] * scaling - log_sum);
+              w[j] = sees ? weight : 0.0f;
+              b[j] = w[j] * (b[j] - along) * scaling;
             }
           }
           product(rows, columns, seen, by_weights.data(), keys, 1, k.data(), columns, by_query.data(), columns, false);
