@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from trimtab.engine.fused import native, plain
-from trimtab.engine.fused.formats import Heads, HeadShape, Product, Rotary, Rows, Want
+from trimtab.engine.fused.formats import Heads, HeadShape, Product, Rotary, Rows, Want, draw_masks
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: the plain kernels are used")
 
-TOKENS, WIDTH, MASKS = 7, 24, 2
+TOKENS, WIDTH = 7, 24
 SHAPE = HeadShape(2, 1, 6)  # 24 columns
 
 
@@ -32,10 +32,6 @@ class Draw:
     def want(self, columns=WIDTH):
         return Want(True, self.quantised, self.values(columns).abs() + 0.1 if self.quantised else None)
 
-    def dropped(self):
-        keep = torch.randint(0, 2, (TOKENS, MASKS, WIDTH), dtype=torch.int8, generator=self.generator)
-        return self.values(TOKENS, MASKS * WIDTH), keep
-
 
 def rotary(draw):
     return Rotary(draw.values(TOKENS, 3), draw.values(TOKENS, 3))
@@ -43,21 +39,20 @@ def rotary(draw):
 
 CASES = {
     "rows_of": lambda d: (d.values(TOKENS, WIDTH), d.want()),
-    "drop": lambda d: (d.values(TOKENS, WIDTH), d.dropped()[1]),
-    "add_parts": lambda d: (d.values(TOKENS, WIDTH), d.product(), *d.dropped()),
-    "add_parts, product only": lambda d: (None, d.product(), None, None),
+    "add_product": lambda d: (d.values(TOKENS, WIDTH), d.product()),
+    "add_product, alone": lambda d: (None, d.product()),
     "add_rms_norm": lambda d: (d.values(TOKENS, WIDTH), d.product(), d.values(WIDTH), 1e-5, d.want()),
     "add_rms_norm, first": lambda d: (d.values(TOKENS, WIDTH), None, d.values(WIDTH), 1e-5, d.want()),
     "rms_norm_backward": lambda d: (
-        d.values(TOKENS, WIDTH), d.product(plain_columns=True), *d.dropped(), d.values(TOKENS, WIDTH),
+        d.values(TOKENS, WIDTH), d.product(plain_columns=True), d.values(TOKENS, WIDTH),
         d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
     "add_layer_norm": lambda d: (
         d.values(TOKENS, WIDTH), d.product(), d.values(WIDTH), d.values(WIDTH), 1e-12, d.want()),
     "layer_norm_backward": lambda d: (
-        d.values(TOKENS, WIDTH), d.product(plain_columns=True), *d.dropped(), d.values(TOKENS, WIDTH),
+        d.values(TOKENS, WIDTH), d.product(plain_columns=True), d.values(TOKENS, WIDTH),
         d.values(TOKENS, 1), d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
     "layer_norm_backward, last": lambda d: (
-        d.values(TOKENS, WIDTH), None, None, None, d.values(TOKENS, WIDTH), d.values(TOKENS, 1),
+        d.values(TOKENS, WIDTH), None, d.values(TOKENS, WIDTH), d.values(TOKENS, 1),
         d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
     "swiglu": lambda d: (d.product(2 * WIDTH), d.want()),
     "swiglu_backward": lambda d: (d.product(plain_columns=True), d.product(2 * WIDTH), d.want(2 * WIDTH)),
@@ -124,17 +119,39 @@ def test_what_is_not_finite_is_not_hidden_by_rounding():
     assert rows.scale.isfinite().flatten().tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("kernels", [plain, native], ids=["plain", "native"])
-def test_masks_drop_at_their_rate_and_follow_the_seed(kernels):
-    def draw():
-        torch.manual_seed(5)
-        return [kernels.keep_mask((501, 3, 333), 0.2) for _ in range(2)]
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("adapters", "rank", "columns"), [(1, 8, 32), (2, 8, 24), (3, 5, 7), (2, 32, 100)])
+def test_lora_gives_what_its_plain_twin_gives(adapters, rank, columns, dropout):
+    draw = Draw(False)
+    masks = draw_masks(dropout)
+    values, lora_a = draw.values(61, columns), draw.values(adapters * rank, columns)
+    by_small = draw.values(61, adapters * rank)
+    for ours, theirs in zip(*(
+        (kernels.lora_forward(values, lora_a, adapters, masks),
+         *kernels.lora_backward(values, lora_a, adapters, by_small, masks, True))
+        for kernels in (native, plain)
+    ), strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    assert native.lora_backward(values, lora_a, adapters, by_small, masks, False)[1] is None
 
-    (first, scale), (second, _) = draw()
-    assert abs(float(first.double().mean()) - 0.8) < 0.003
-    assert abs(float(first.double().mean()) * scale - 1) < 0.003
+
+def test_masks_drop_at_their_rate_and_follow_the_seed():
+    def draw():
+        """Masks [tokens, adapters, columns], seen through an A that picks single columns."""
+        torch.manual_seed(5)
+        ones, picks = torch.ones(501, 333), torch.eye(333).repeat(3, 1)
+        return [native.lora_forward(ones, picks, 3, draw_masks(0.2)).view(501, 3, 333).double() for _ in range(2)]
+
+    first, second = draw()
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert abs(float(first.mean()) - 0.8) < 0.003
+    assert abs(float(first.mean()) * draw_masks(0.2).scale - 1) < 0.003
     assert abs(float((first == second).double().mean()) - (0.8**2 + 0.2**2)) < 0.003  # independent of each other
-    for part in (first.double() - 0.8).unbind(1):  # rows and neighbours do not follow each other
-        assert abs(float((part[1:] * part[:-1]).mean())) < 0.003
-        assert abs(float((part[:, 1:] * part[:, :-1]).mean())) < 0.003
-    assert torch.equal(first, draw()[0][0])
+    centred = first - 0.8
+    for neighbours in (
+        centred[1:] * centred[:-1],
+        centred[:, 1:] * centred[:, :-1],
+        centred[..., 1:] * centred[..., :-1],
+    ):
+        assert abs(float(neighbours.mean())) < 0.002
+    assert torch.equal(first, draw()[0])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+# Steps that dropout's rate comes in.
+LEVELS = 1 << 16
 
 
 class Product(NamedTuple):
@@ -31,6 +35,26 @@ class Want(NamedTuple):
     values: bool
     quantised: bool
     column_scale: Tensor | None = None
+
+
+class Masks(NamedTuple):
+    """Dropout of a group's adapters: which elements fall follows from the seed, in any kernel alike.
+
+    `dropped` of 65,536 elements fall, and what is kept is to be scaled by `scale`.
+    """
+
+    seed: int = 0
+    dropped: int = 0
+
+    @property
+    def scale(self) -> float:
+        return LEVELS / (LEVELS - self.dropped)
+
+
+def draw_masks(dropout: float) -> Masks:
+    """Masks at rate `dropout`, seeded by torch's generator."""
+    dropped = min(round(dropout * LEVELS), LEVELS - 1)
+    return Masks(int(torch.randint(1 << 32, ())), dropped) if dropped else Masks()
 
 
 class HeadShape(NamedTuple):

@@ -99,16 +99,6 @@ inline float normal_cdf(float x) {
   return x < 0 ? tail : 1.0f - tail;
 }
 
-// row += what comes back through each mask: dropped [masks, n] x keep [masks, n].
-void add_dropped(const float* dropped, const int8_t* keep, int64_t t, int64_t masks, int64_t n, float* __restrict row) {
-  if (!dropped) return;
-  for (int64_t m = 0; m < masks; m++) {
-    const float* d = dropped + (t * masks + m) * n;
-    const int8_t* k = keep + (t * masks + m) * n;
-    for (int64_t i = 0; i < n; i++) row[i] += d[i] * k[i];
-  }
-}
-
 // Rotates the halves of a head by cos and sin (times direction) as pairs.
 void rotate(float* __restrict head, const float* cos, const float* sin, int64_t half, float direction) {
   for (int64_t i = 0; i < half; i++) {
@@ -118,16 +108,23 @@ void rotate(float* __restrict head, const float* cos, const float* sin, int64_t 
   }
 }
 
-// The 32-bit finaliser of MurmurHash3 (Appleby 2011), applied twice.
+// The 32-bit finaliser of MurmurHash3 (Appleby 2011).
 inline uint32_t hash(uint32_t x) {
-  for (int round = 0; round < 2; round++) {
-    x ^= x >> 16;
-    x *= 0x85ebca6bu;
-    x ^= x >> 13;
-    x *= 0xc2b2ae35u;
-    x ^= x >> 16;
+  x = (x ^ (x >> 16)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+// A row with zeros where 16 bits of a hash of (seed, row, column) fall below `dropped`.
+void mask_row(const float* from, int64_t seed, int64_t dropped, int64_t row, int64_t n, float* to) {
+  if (!dropped) {
+    if (from != to) std::memcpy(to, from, n * sizeof(float));
+    return;
   }
-  return x;
+  const uint32_t start = hash(static_cast<uint32_t>(row) + static_cast<uint32_t>(seed));
+  const uint32_t threshold = static_cast<uint32_t>(dropped);
+  for (int64_t i = 0; i < n; i++)
+    to[i] = (hash(start + static_cast<uint32_t>(i)) & 0xffffu) >= threshold ? from[i] : 0.0f;
 }
 
 using Buffer = std::vector<float>;
@@ -140,6 +137,7 @@ constexpr int64_t LANES = 8, VECTORS = 2, ROWS = 4;
 #endif
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 constexpr int64_t CHUNK = 96;  // query rows at a time
+constexpr int64_t PARTS = 8;   // sums over tokens that are taken side by side
 
 inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -255,25 +253,12 @@ void rows_of(const float* values, int64_t tokens, int64_t n, Want want) {
   }
 }
 
-void add_parts(const float* residual, Product product, const float* dropped, const int8_t* keep, int64_t masks,
-               int64_t tokens, int64_t n, float* out) {
+void add_product(const float* residual, Product product, int64_t tokens, int64_t n, float* out) {
   PARALLEL EACH_TOKEN {
     float* row = out + t * n;
     load(product, t, n, row);
     if (residual)
       for (int64_t i = 0; i < n; i++) row[i] += residual[t * n + i];
-    add_dropped(dropped, keep, t, masks, n, row);
-  }
-}
-
-void drop(const float* values, const int8_t* keep, int64_t masks, int64_t tokens, int64_t n, float* out) {
-  PARALLEL EACH_TOKEN {
-    const float* v = values + t * n;
-    for (int64_t m = 0; m < masks; m++) {
-      const int8_t* k = keep + (t * masks + m) * n;
-      float* o = out + (t * masks + m) * n;
-      for (int64_t i = 0; i < n; i++) o[i] = v[i] * k[i];
-    }
   }
 }
 
@@ -302,8 +287,7 @@ void add_rms_norm(const float* residual, Product product, const float* weight, f
   }
 }
 
-void rms_norm_backward(const float* grad_residual, Product grad, const float* dropped, const int8_t* keep,
-                       int64_t masks, const float* total, const float* inverse, const float* weight, int64_t tokens,
+void rms_norm_backward(const float* grad_residual, Product grad, const float* total, const float* inverse, const float* weight, int64_t tokens,
                        int64_t n, Want want) {
   PARALLEL {
     Buffer buffer(n);
@@ -312,7 +296,6 @@ void rms_norm_backward(const float* grad_residual, Product grad, const float* dr
       const float *x = total + t * n, *g = grad_residual + t * n;
       const float scale = inverse[t];
       load(grad, t, n, row);
-      add_dropped(dropped, keep, t, masks, n, row);
       float along = 0;
       for (int64_t i = 0; i < n; i++) {
         row[i] *= weight[i];
@@ -353,8 +336,7 @@ void add_layer_norm(const float* residual, Product product, const float* weight,
   }
 }
 
-void layer_norm_backward(const float* grad_residual, Product grad, const float* dropped, const int8_t* keep,
-                         int64_t masks, const float* total, const float* mean, const float* inverse,
+void layer_norm_backward(const float* grad_residual, Product grad, const float* total, const float* mean, const float* inverse,
                          const float* weight, int64_t tokens, int64_t n, Want want) {
   PARALLEL {
     Buffer buffer(n);
@@ -368,7 +350,6 @@ void layer_norm_backward(const float* grad_residual, Product grad, const float* 
       } else {
         std::memcpy(row, g, n * sizeof(float));
       }
-      add_dropped(dropped, keep, t, masks, n, row);
       float sum = 0, along = 0;
       for (int64_t i = 0; i < n; i++) {
         row[i] *= weight[i];
@@ -565,17 +546,69 @@ void attention_backward(const float* grad, const float* projected, const float* 
   }
 }
 
-// Ones, with zeros where a hash of (seed, place) falls below the threshold: 16 random bits an element.
-void keep_mask(int64_t seed, int64_t dropped, int64_t elements, int8_t* keep) {
-  const uint32_t start = static_cast<uint32_t>(seed), threshold = static_cast<uint32_t>(dropped);
-  const int64_t pairs = elements / 2;
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < pairs; i++) {
-    const uint32_t bits = hash(static_cast<uint32_t>(i) * 0x9e3779b9u + start);
-    keep[2 * i] = (bits & 0xffffu) >= threshold;
-    keep[2 * i + 1] = (bits >> 16) >= threshold;
+// small [tokens, adapters rank] = dropout(values) a^T, each adapter with a mask of its own.
+// a: [adapters rank, n]. Every sum stays in registers; masks are found from the seed and never stored.
+void lora_forward(const float* values, const float* a, int64_t seed, int64_t dropped, int64_t tokens, int64_t adapters,
+                  int64_t rank, int64_t n, float* small) {
+  const int64_t columns = padded(rank), all = adapters * rank;
+  Buffer turned(adapters * n * columns, 0.0f);
+  for (int64_t m = 0; m < adapters; m++)
+    for (int64_t r = 0; r < rank; r++)
+      for (int64_t i = 0; i < n; i++) turned[(m * n + i) * columns + r] = a[(m * rank + r) * n + i];
+  PARALLEL {
+    Buffer masked(ROWS * n), sums(ROWS * columns);
+    _Pragma("omp for schedule(static)") for (int64_t t = 0; t < tokens; t += ROWS) {
+      const int64_t rows = tokens - t < ROWS ? tokens - t : ROWS;
+      for (int64_t m = 0; m < adapters; m++) {
+        for (int64_t r = 0; r < rows; r++)
+          mask_row(values + (t + r) * n, seed, dropped, (t + r) * adapters + m, n, masked.data() + r * n);
+        product(rows, columns, n, masked.data(), n, 1, turned.data() + m * n * columns, columns, sums.data(), columns,
+                false);
+        for (int64_t r = 0; r < rows; r++)
+          std::memcpy(small + (t + r) * all + m * rank, sums.data() + r * columns, rank * sizeof(float));
+      }
+    }
   }
-  if (elements % 2) keep[elements - 1] = (hash(static_cast<uint32_t>(pairs) * 0x9e3779b9u + start) >> 16) >= threshold;
+}
+
+// by_a [adapters rank, n] = by_small^T dropout(values), and delta [tokens, n], the gradient of values (or null).
+void lora_backward(const float* values, const float* a, const float* by_small, int64_t seed, int64_t dropped,
+                   int64_t tokens, int64_t adapters, int64_t rank, int64_t n, float* by_a, float* delta) {
+  const int64_t columns = padded(n), all = adapters * rank, chunk = 4 * ROWS;
+  Buffer weights;
+  pack(a, n, all, n, weights);
+  const int64_t chunks = (tokens + chunk - 1) / chunk;
+  // Sums of a fixed number of parts in a fixed order: the same bits on every run.
+  const int64_t parts = chunks < PARTS ? chunks : PARTS;
+  Buffer sums(parts * all * columns, 0.0f);
+  PARALLEL {
+    Buffer masked(chunk * columns, 0.0f), back(chunk * columns);
+    _Pragma("omp for schedule(static)") for (int64_t part = 0; part < parts; part++)
+      for (int64_t c = part * chunks / parts; c < (part + 1) * chunks / parts; c++) {
+        const int64_t t = c * chunk, rows = tokens - t < chunk ? tokens - t : chunk;
+        if (delta) std::memset(delta + t * n, 0, rows * n * sizeof(float));
+        for (int64_t m = 0; m < adapters; m++) {
+          for (int64_t r = 0; r < rows; r++)
+            mask_row(values + (t + r) * n, seed, dropped, (t + r) * adapters + m, n, masked.data() + r * columns);
+          const float* g = by_small + t * all + m * rank;
+          product(rank, columns, rows, g, 1, all, masked.data(), columns, sums.data() + (part * all + m * rank) * columns,
+                  columns, true);
+          if (!delta) continue;
+          product(rows, columns, rank, g, all, 1, weights.data() + m * rank * columns, columns, back.data(), columns,
+                  false);
+          for (int64_t r = 0; r < rows; r++) {
+            float *from = back.data() + r * columns, *to = delta + (t + r) * n;
+            mask_row(from, seed, dropped, (t + r) * adapters + m, n, from);
+            for (int64_t i = 0; i < n; i++) to[i] += from[i];
+          }
+        }
+      }
+  }
+  for (int64_t r = 0; r < all; r++) {
+    std::memset(by_a + r * n, 0, n * sizeof(float));
+    for (int64_t part = 0; part < parts; part++)
+      for (int64_t i = 0; i < n; i++) by_a[r * n + i] += sums[(part * all + r) * columns + i];
+  }
 }
 
 }  // extern "C"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from trimtab.engine.fused.formats import Heads, Product, Rotary, Rows, Want
-from trimtab.engine.fused.linears import InputGradient, Kernels, LinearGroup
+from trimtab.engine.fused.linears import Kernels, LinearGroup
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Sum(NamedTuple):
     """residual + addend, not added yet: states on the way up, their gradient on the way down."""
 
     residual: Tensor
-    addend: InputGradient | None = None
+    addend: Product | None = None
 
 
 def total_of(state: Sum, kernels: Kernels) -> Tensor:
     if state.addend is None:
         return state.residual
-    total: Tensor = kernels.add_parts(state.residual, *state.addend)
+    total: Tensor = kernels.add_product(state.residual, state.addend)
     return total
 
 
@@ -63,18 +63,18 @@ class AttentionPart:
 
     def backward(
         self, grad: Rows, saved: Any, batch: Batch, selected: Tensor | None, needs_input: bool
-    ) -> tuple[InputGradient | None, list[Tensor]]:
+    ) -> tuple[Product | None, list[Tensor]]:
         kept_qkv, projected, attended, log_sums, kept_output = saved
-        by_merged, of_output = self.output.backward(grad, kept_output, True)
+        by_merged, of_output = self.output.backward(grad, kept_output, True, batch.kernels)
         assert by_merged is not None
-        by_attended = batch.kernels.add_parts(None, *by_merged)
+        by_attended = batch.kernels.add_product(None, by_merged)
         if selected is not None:
             by_attended = _spread(by_attended, selected, len(projected))
         grads = batch.kernels.attention_backward(by_attended, projected, attended, log_sums, batch.starts, self.heads)
         by_projected = batch.kernels.rotate_heads_backward(
             grads, batch.rotary, self.heads.shape, self.qkv.wants_gradient
         )
-        by_input, of_qkv = self.qkv.backward(by_projected, kept_qkv, needs_input)
+        by_input, of_qkv = self.qkv.backward(by_projected, kept_qkv, needs_input, batch.kernels)
         return by_input, of_qkv + of_output
 
 
@@ -95,9 +95,8 @@ class LlamaLayer:
     def forward(self, state: Sum, batch: Batch, is_last: bool) -> tuple[Sum, Any]:
         first, second = self.norms
         selected = batch.rows if is_last else None
-        product = None if state.addend is None else state.addend.product
         residual, inverse, rows = batch.kernels.add_rms_norm(
-            state.residual, product, first.weight, first.variance_epsilon, self.attention.qkv.wants
+            state.residual, state.addend, first.weight, first.variance_epsilon, self.attention.qkv.wants
         )
         attended, of_attention = self.attention.forward(rows, batch, selected)
         middle, middle_inverse, rows = batch.kernels.add_rms_norm(
@@ -107,7 +106,7 @@ class LlamaLayer:
         inner, kept_inner = self.gate_up.forward(rows, batch.kernels)
         outer, kept_outer = self.down.forward(batch.kernels.swiglu(inner, self.down.wants), batch.kernels)
         saved = (residual, inverse, of_attention, middle, middle_inverse, inner, kept_inner, kept_outer)
-        return Sum(middle, InputGradient(outer, None, None)), saved
+        return Sum(middle, outer), saved
 
     def backward(
         self, state: Sum, saved: Any, batch: Batch, is_last: bool, needs_input: bool
@@ -116,17 +115,18 @@ class LlamaLayer:
         first, second = self.norms
         selected = batch.rows if is_last else None
         grad = batch.kernels.rows_of(total_of(state, batch.kernels), _with_values(self.down.wants_gradient))
-        by_outer, of_outer = self.down.backward(grad, kept_outer, True)
+        by_outer, of_outer = self.down.backward(grad, kept_outer, True, batch.kernels)
         assert by_outer is not None
         assert grad.values is not None
         by_inner, of_inner = self.gate_up.backward(
-            batch.kernels.swiglu_backward(_whole(by_outer, batch.kernels), inner, self.gate_up.wants_gradient),
+            batch.kernels.swiglu_backward(by_outer, inner, self.gate_up.wants_gradient),
             kept_inner,
             True,
+            batch.kernels,
         )
         assert by_inner is not None
         grad = batch.kernels.rms_norm_backward(
-            grad.values, *by_inner, middle, middle_inverse, second.weight,
+            grad.values, by_inner, middle, middle_inverse, second.weight,
             _with_values(self.attention.output.wants_gradient),
         )  # fmt: skip
         by_input, found = self.attention.backward(grad, of_attention, batch, selected, needs_input)
@@ -136,7 +136,7 @@ class LlamaLayer:
         assert grad.values is not None
         by_residual = grad.values if selected is None else _spread(grad.values, selected, len(residual))
         summed = batch.kernels.rms_norm_backward(
-            by_residual, *by_input, residual, inverse, first.weight, Want(True, False)
+            by_residual, by_input, residual, inverse, first.weight, Want(True, False)
         )
         assert summed.values is not None
         return Sum(summed.values), found
@@ -185,20 +185,21 @@ class BertLayer:
         first, second = self.norms
         selected = batch.rows if is_last else None
         grad = batch.kernels.layer_norm_backward(
-            state.residual, *(state.addend or (None, None, None)), *total, second.weight,
+            state.residual, state.addend, *total, second.weight,
             _with_values(self.down.wants_gradient),
         )  # fmt: skip
-        by_outer, of_outer = self.down.backward(grad, kept_outer, True)
+        by_outer, of_outer = self.down.backward(grad, kept_outer, True, batch.kernels)
         assert by_outer is not None
         assert grad.values is not None
         by_inner, of_inner = self.up.backward(
-            batch.kernels.gelu_backward(_whole(by_outer, batch.kernels), inner, self.up.wants_gradient),
+            batch.kernels.gelu_backward(by_outer, inner, self.up.wants_gradient),
             kept_inner,
             True,
+            batch.kernels,
         )
         assert by_inner is not None
         grad = batch.kernels.layer_norm_backward(
-            grad.values, *by_inner, *middle, first.weight, _with_values(self.attention.output.wants_gradient)
+            grad.values, by_inner, *middle, first.weight, _with_values(self.attention.output.wants_gradient)
         )
         by_input, found = self.attention.backward(grad, of_attention, batch, selected, needs_input)
         assert grad.values is not None
@@ -216,10 +217,3 @@ def _select(rows: Rows, selected: Tensor) -> Rows:
 
 def _spread(values: Tensor, selected: Tensor, tokens: int) -> Tensor:
     return values.new_zeros(tokens, values.shape[1]).index_copy_(0, selected, values)
-
-
-def _whole(gradient: InputGradient, kernels: Kernels) -> Product:
-    """One product, where masks would have to be applied to parts of it."""
-    if gradient.dropped is None:
-        return gradient.product
-    return Product(kernels.add_parts(None, *gradient))

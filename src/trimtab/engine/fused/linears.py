@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from trimtab.engine.fused.formats import Product, Rows, Want
+from trimtab.engine.fused.formats import Masks, Product, Rows, Want, draw_masks
 
 # A module of kernels: `plain` or `native`.
 Kernels = ModuleType
@@ -34,18 +34,9 @@ class Kept(NamedTuple):
 
     inputs: Tensor
     small: Tensor
-    keep: Tensor | None
-    scale: float  # of the masks
+    masks: Masks
     lora_a: Tensor
-    lora_b: Tensor  # with both scales applied
-
-
-class InputGradient(NamedTuple):
-    """Gradient of a group's input: the product, and what comes back through dropout masks."""
-
-    product: Product
-    dropped: Tensor | None
-    keep: Tensor | None
+    lora_b: Tensor  # with all scales applied
 
 
 class NotPlainError(Exception):
@@ -93,7 +84,7 @@ class LinearGroup:
             if adapter is not None:
                 self.adapters.append(adapter)
             start = stop
-        if len({adapter.dropout for adapter in self.adapters}) > 1:
+        if len({(adapter.dropout, len(adapter.lora_a)) for adapter in self.adapters}) > 1:
             raise NotPlainError
 
     @property
@@ -124,58 +115,43 @@ class LinearGroup:
         return Product(values, rows.scale, self.column_scale, self.bias, delta), kept
 
     def _adapt(self, values: Tensor, kernels: Kernels) -> Kept:
-        """Every adapter's inner product at once: A as a block diagonal matrix where masks differ."""
-        keep, scale = None, 1.0
-        if self.adapters[0].dropout > 0:
-            keep, scale = kernels.keep_mask(
-                (len(values), len(self.adapters), values.shape[1]), self.adapters[0].dropout
+        """Every adapter's inner product, and B as a matrix over all columns of the group."""
+        masks = draw_masks(self.adapters[0].dropout)
+        lora_a = torch.cat([adapter.lora_a.detach() for adapter in self.adapters])
+        lora_b = values.new_zeros(len(lora_a), len(self.weight))
+        for part, adapter in zip(lora_b.view(len(self.adapters), -1, len(self.weight)), self.adapters, strict=True):
+            torch.mul(
+                adapter.lora_b.detach().t(), adapter.scaling * masks.scale, out=part[:, adapter.start : adapter.stop]
             )
-        parts = [adapter.lora_a.detach() for adapter in self.adapters]
-        lora_a = torch.cat(parts) if keep is None else torch.block_diag(*parts)  # type: ignore[no-untyped-call]
-        lora_b = values.new_zeros(lora_a.shape[0], len(self.weight))
-        row = 0
-        for adapter in self.adapters:
-            rank = adapter.lora_a.shape[0]
-            torch.mul(adapter.lora_b.detach().t(), adapter.scaling * scale,
-                      out=lora_b[row : row + rank, adapter.start : adapter.stop])  # fmt: skip
-            row += rank
-        inputs = values if keep is None else kernels.drop(values, keep)
-        return Kept(inputs, inputs @ lora_a.t(), keep, scale, lora_a, lora_b)
+        return Kept(values, kernels.lora_forward(values, lora_a, len(self.adapters), masks), masks, lora_a, lora_b)
 
-    def backward(self, grad: Rows, kept: Kept | None, needs_input: bool) -> tuple[InputGradient | None, list[Tensor]]:
+    def backward(
+        self, grad: Rows, kept: Kept | None, needs_input: bool, kernels: Kernels
+    ) -> tuple[Product | None, list[Tensor]]:
         """Gradients of the input and of the adapters' parameters, in `parameters`' order."""
         found: list[Tensor] = []
-        small = None
+        delta = None
         if kept is not None:
             assert grad.values is not None
-            small = grad.values @ kept.lora_b.t()
-            found = self._adapter_gradients(grad.values, kept, small)
+            by_small = grad.values @ kept.lora_b.t()
+            by_a, delta = kernels.lora_backward(
+                kept.inputs, kept.lora_a, len(self.adapters), by_small, kept.masks, needs_input
+            )
+            found = self._by_adapter(by_a, kept.small.t() @ grad.values, kept.masks.scale)
         if not needs_input:
             return None, found
         if self.quantised is None:
             assert grad.values is not None
-            product = Product(grad.values @ self.weight)
-        else:
-            assert grad.quantised is not None
-            product = Product(torch._int_mm(grad.quantised, self.quantised), grad.scale)
-        if kept is None or small is None:
-            return InputGradient(product, None, None), found
-        back = small @ kept.lora_a
-        if kept.keep is None:
-            return InputGradient(product._replace(delta=back), None, None), found
-        return InputGradient(product, back, kept.keep), found
+            return Product(grad.values @ self.weight, delta=delta), found
+        assert grad.quantised is not None
+        return Product(torch._int_mm(grad.quantised, self.quantised), grad.scale, delta=delta), found
 
-    def _adapter_gradients(self, grad: Tensor, kept: Kept, small: Tensor) -> list[Tensor]:
-        by_a = small.t() @ kept.inputs
-        by_b = kept.small.t() @ grad
+    def _by_adapter(self, by_a: Tensor, by_b: Tensor, scale: float) -> list[Tensor]:
+        """Each adapter's A and B from the gradients of all."""
+        count = len(self.adapters)
         found = []
-        row = 0
-        for number, adapter in enumerate(self.adapters):
-            rank, width = adapter.lora_a.shape
-            column = 0 if kept.keep is None else number * width
-            found.append(by_a[row : row + rank, column : column + width])
-            found.append(by_b[row : row + rank, adapter.start : adapter.stop].t() * (adapter.scaling * kept.scale))
-            row += rank
+        for adapter, a, b in zip(self.adapters, by_a.chunk(count), by_b.chunk(count), strict=True):
+            found += [a, b[:, adapter.start : adapter.stop].t() * (adapter.scaling * scale)]
         return found
 
 

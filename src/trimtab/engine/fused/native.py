@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from trimtab.cache import cache_folder
-from trimtab.engine.fused.formats import Heads, HeadShape, Product, Rotary, Rows, Want
-from trimtab.engine.lora import DROPOUT_LEVELS
+from trimtab.engine.fused.formats import Heads, HeadShape, Masks, Product, Rotary, Rows, Want
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
           "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]  # fmt: skip
@@ -107,34 +106,32 @@ def _output(shape: Sequence[int], want: Want) -> tuple[Rows, _Want]:
     return Rows(values, quantised, scale), _Want(*pointers)
 
 
-def _masks(keep: Tensor | None) -> int:
-    return 0 if keep is None else keep.shape[1]
-
-
 def rows_of(values: Tensor, want: Want) -> Rows:
     rows, pointers = _output(values.shape, want)
     _call("rows_of", values, *values.shape, pointers)
     return rows
 
 
-def keep_mask(shape: tuple[int, ...], dropout: float) -> tuple[Tensor, float]:
-    """As in `plain`; torch's generator gives the seed of the hash that gives the bits."""
-    dropped = min(round(dropout * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
-    keep = torch.empty(shape, dtype=torch.int8)
-    _call("keep_mask", int(torch.empty((), dtype=torch.int64).random_(0, 1 << 32)), dropped, keep.numel(), keep)
-    return keep, DROPOUT_LEVELS / (DROPOUT_LEVELS - dropped)
+def lora_forward(values: Tensor, lora_a: Tensor, adapters: int, masks: Masks) -> Tensor:
+    small = torch.empty(len(values), len(lora_a))
+    _call(
+        "lora_forward", values, lora_a, *masks, len(values), adapters, len(lora_a) // adapters, values.shape[1], small
+    )
+    return small
 
 
-def drop(values: Tensor, keep: Tensor) -> Tensor:
-    tokens, columns = values.shape
-    out = torch.empty(tokens, keep.shape[1] * columns)
-    _call("drop", values, keep, keep.shape[1], tokens, columns, out)
-    return out
+def lora_backward(
+    values: Tensor, lora_a: Tensor, adapters: int, by_small: Tensor, masks: Masks, needs_input: bool
+) -> tuple[Tensor, Tensor | None]:
+    by_a, delta = torch.empty_like(lora_a), torch.empty_like(values) if needs_input else None
+    _call("lora_backward", values, lora_a, by_small, *masks, len(values), adapters, len(lora_a) // adapters,
+          values.shape[1], by_a, delta)  # fmt: skip
+    return by_a, delta
 
 
-def add_parts(residual: Tensor | None, product: Product, dropped: Tensor | None, keep: Tensor | None) -> Tensor:
+def add_product(residual: Tensor | None, product: Product) -> Tensor:
     out = torch.empty(product.values.shape)
-    _call("add_parts", residual, product, dropped, keep, _masks(keep), *out.shape, out)
+    _call("add_product", residual, product, *out.shape, out)
     return out
 
 
@@ -153,15 +150,13 @@ def add_rms_norm(
 def rms_norm_backward(
     grad_residual: Tensor,
     grad: Product,
-    dropped: Tensor | None,
-    keep: Tensor | None,
     total: Tensor,
     inverse: Tensor,
     weight: Tensor,
     want: Want,
 ) -> Rows:
     rows, pointers = _output(total.shape, want)
-    _call("rms_norm_backward", grad_residual, grad, dropped, keep, _masks(keep), total, inverse, weight,
+    _call("rms_norm_backward", grad_residual, grad, total, inverse, weight,
           *total.shape, pointers)  # fmt: skip
     return rows
 
@@ -178,8 +173,6 @@ def add_layer_norm(
 def layer_norm_backward(
     grad_residual: Tensor,
     grad: Product | None,
-    dropped: Tensor | None,
-    keep: Tensor | None,
     total: Tensor,
     mean: Tensor,
     inverse: Tensor,
@@ -188,7 +181,7 @@ def layer_norm_backward(
 ) -> Rows:
     rows, pointers = _output(total.shape, want)
     given = _Product() if grad is None else grad
-    _call("layer_norm_backward", grad_residual, given, dropped, keep, _masks(keep), total, mean, inverse, weight,
+    _call("layer_norm_backward", grad_residual, given, total, mean, inverse, weight,
           *total.shape, pointers)  # fmt: skip
     return rows
 

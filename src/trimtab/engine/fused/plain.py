@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from trimtab.engine.fused.attention import attention_backward as attention_backward
 from trimtab.engine.fused.attention import attention_forward as attention_forward
-from trimtab.engine.fused.formats import HeadShape, Product, Rotary, Rows, Want
-from trimtab.engine.lora import draw_keep_mask
+from trimtab.engine.fused.formats import HeadShape, Masks, Product, Rotary, Rows, Want
 
 
 def _value_of(product: Product) -> Tensor:
@@ -40,14 +39,45 @@ def rows_of(values: Tensor, want: Want) -> Rows:
     return _rows(values, want)
 
 
-def keep_mask(shape: tuple[int, ...], dropout: float) -> tuple[Tensor, float]:
-    """int8 ones with zeros at rate `dropout`, from torch's generator, and the scale that keeps the mean."""
-    return draw_keep_mask(torch.Size(shape), dropout, torch.device("cpu"))
+def lora_forward(values: Tensor, lora_a: Tensor, adapters: int, masks: Masks) -> Tensor:
+    """[tokens, adapters x rank]: dropout(values) A^T, each adapter with a mask of its own, not scaled.
+
+    `lora_a` is [adapters x rank, columns].
+    """
+    masked = values.unsqueeze(1) * _keep(len(values), adapters, values.shape[1], masks)
+    return torch.einsum("tmi,mri->tmr", masked, lora_a.view(adapters, -1, values.shape[1])).flatten(1)
 
 
-def drop(values: Tensor, keep: Tensor) -> Tensor:
-    """[tokens, K] times each of the masks [tokens, masks, K], side by side."""
-    return (values.unsqueeze(1) * keep).flatten(1)
+def lora_backward(
+    values: Tensor, lora_a: Tensor, adapters: int, by_small: Tensor, masks: Masks, needs_input: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `lora_a` and, where needed, of `values`."""
+    keep = _keep(len(values), adapters, values.shape[1], masks)
+    grad = by_small.view(len(values), adapters, -1)
+    by_a = torch.einsum("tmr,tmi->mri", grad, values.unsqueeze(1) * keep).flatten(0, 1)
+    if not needs_input:
+        return by_a, None
+    return by_a, (torch.einsum("tmr,mri->tmi", grad, lora_a.view(adapters, -1, values.shape[1])) * keep).sum(1)
+
+
+def _keep(tokens: int, adapters: int, columns: int, masks: Masks) -> Tensor:
+    """[tokens, adapters, columns] of ones and zeros, by the hash of the compiled kernels."""
+    start = _hash(torch.arange(tokens * adapters) + masks.seed)
+    bits = _hash(start.view(tokens, adapters, 1) + torch.arange(columns))
+    return ((bits & 0xFFFF) >= masks.dropped).float()
+
+
+def _hash(x: Tensor) -> Tensor:
+    """The 32-bit finaliser of MurmurHash3 (Appleby 2011), in 64-bit integers."""
+    x = x & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def add_product(residual: Tensor | None, product: Product) -> Tensor:
+    values = _value_of(product)
+    return values if residual is None else values + residual
 
 
 def add_rms_norm(
@@ -62,25 +92,16 @@ def add_rms_norm(
 def rms_norm_backward(
     grad_residual: Tensor,
     grad: Product,
-    dropped: Tensor | None,
-    keep: Tensor | None,
     total: Tensor,
     inverse: Tensor,
     weight: Tensor,
     want: Want,
 ) -> Rows:
-    """Gradient of `total` from that of the normed rows (product + masked parts) and of the residual."""
+    """Gradient of `total` from that of the normed rows and of the residual."""
     normed = total * inverse
-    scaled = _sum_parts(_value_of(grad), dropped, keep) * weight
+    scaled = _value_of(grad) * weight
     values = grad_residual + inverse * (scaled - normed * (normed * scaled).mean(-1, keepdim=True))
     return _rows(values, want)
-
-
-def _sum_parts(values: Tensor, dropped: Tensor | None, keep: Tensor | None) -> Tensor:
-    """values + what comes back through each dropout mask: `dropped` [tokens, masks x K]."""
-    if dropped is None or keep is None:
-        return values
-    return values + (dropped.view(keep.shape) * keep).sum(1)
 
 
 def add_layer_norm(
@@ -97,26 +118,18 @@ def add_layer_norm(
 def layer_norm_backward(
     grad_residual: Tensor,
     grad: Product | None,
-    dropped: Tensor | None,
-    keep: Tensor | None,
     total: Tensor,
     mean: Tensor,
     inverse: Tensor,
     weight: Tensor,
     want: Want,
 ) -> Rows:
-    """Gradient of `total` from that of the normed rows: residual + product + masked parts."""
+    """Gradient of `total` from that of the normed rows: residual + product."""
     normed = (total - mean) * inverse
     values = grad_residual if grad is None else grad_residual + _value_of(grad)
-    scaled = _sum_parts(values, dropped, keep) * weight
+    scaled = values * weight
     values = inverse * (scaled - scaled.mean(-1, keepdim=True) - normed * (normed * scaled).mean(-1, keepdim=True))
     return _rows(values, want)
-
-
-def add_parts(residual: Tensor | None, product: Product, dropped: Tensor | None, keep: Tensor | None) -> Tensor:
-    """residual + product + masked parts."""
-    values = _sum_parts(_value_of(product), dropped, keep)
-    return values if residual is None else values + residual
 
 
 def swiglu(gate_up: Product, want: Want) -> Rows:
