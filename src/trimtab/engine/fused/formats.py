@@ -20,6 +20,11 @@ class Product(NamedTuple):
     bias: Tensor | None = None  # [columns]
     delta: Tensor | None = None  # [tokens, columns], float32
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the values are the product, with nothing to apply or add."""
+        return all(part is None for part in self[1:])
+
 
 class Rows(NamedTuple):
     """Rows [tokens, columns] on their way into a matrix product, in the formats that it asks for."""

@@ -107,6 +107,8 @@ def _output(shape: Sequence[int], want: Want) -> tuple[Rows, _Want]:
 
 
 def rows_of(values: Tensor, want: Want) -> Rows:
+    if not want.quantised:
+        return Rows(values)
     rows, pointers = _output(values.shape, want)
     _call("rows_of", values, *values.shape, pointers)
     return rows
@@ -130,6 +132,8 @@ def lora_backward(
 
 
 def add_product(residual: Tensor | None, product: Product) -> Tensor:
+    if residual is None and product.is_plain:
+        return product.values
     out = torch.empty(product.values.shape)
     _call("add_product", residual, product, *out.shape, out)
     return out

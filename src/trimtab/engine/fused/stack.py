@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from trimtab.engine.attention import Run
 from trimtab.engine.fused.formats import Heads, HeadShape, Rotary
 from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, Sum, total_of
-from trimtab.engine.fused.linears import Kernels, LinearGroup, NotPlainError
+from trimtab.engine.fused.linears import Kernels, NotPlainError
 
 
 class LayerStack:
@@ -28,27 +28,29 @@ class LayerStack:
         self.backbone = backbone
         self.layers = layers
         self.kernels = kernels
+        self.groups = [group for layer in layers for group in layer.groups]
         self.trained: int | None = None
-
-    @property
-    def groups(self) -> list[LinearGroup]:
-        return [group for layer in self.layers for group in layer.groups]
+        self.parameters: list[nn.Parameter] = []
+        self._checked: set[int] | None = None  # the parameters with which all others were seen to be frozen
 
     def fits(self) -> bool:
         """Read the adapters as they stand now; False where one is not plain LoRA in a layer's linears."""
-        self.trained = None
         try:
             for group in self.groups:
                 group.find_adapters()
         except NotPlainError:
             return False
-        for number, layer in reversed(list(enumerate(self.layers))):
-            if layer_parameters(layer):
-                self.trained = number
-        known = {id(p) for group in self.groups for p in group.parameters}
-        # The norm and the pooler come after the stack; whatever trains elsewhere must be known to it.
-        inside = [part for name, part in self.backbone.named_children() if name not in ("norm", "pooler")]
-        return all(id(p) in known for part in inside for p in part.parameters() if p.requires_grad)
+        self.parameters = [parameter for group in self.groups for parameter in group.parameters]
+        adapted = [number for number, layer in enumerate(self.layers) if any(g.adapters for g in layer.groups)]
+        self.trained = min(adapted, default=None)
+        known = set(map(id, self.parameters))
+        if known != self._checked:
+            # The norm and the pooler come after the stack; whatever trains elsewhere must be known to it.
+            inside = [part for name, part in self.backbone.named_children() if name not in ("norm", "pooler")]
+            if any(p.requires_grad and id(p) not in known for part in inside for p in part.parameters()):
+                return False
+            self._checked = known
+        return True
 
     def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""
@@ -70,11 +72,10 @@ class LayerStack:
         lengths = [run.length for run in runs for _ in range(run.texts)]
         starts = torch.tensor([0, *accumulate(lengths)], device=states.device)
         batch = Batch(self.kernels, starts, rotary, rows)
-        parameters = [parameter for layer in self.layers for parameter in layer_parameters(layer)]
-        if not (torch.is_grad_enabled() and parameters):
+        if not (torch.is_grad_enabled() and self.parameters):
             with torch.no_grad():
                 return self.forward(states, batch, None)
-        result: Tensor = _StackFunction.apply(states.detach(), self, batch, *parameters)  # type: ignore[no-untyped-call]
+        result: Tensor = _StackFunction.apply(states.detach(), self, batch, *self.parameters)  # type: ignore[no-untyped-call]
         return result
 
     def forward(self, states: Tensor, batch: Batch, saved: list[Any] | None) -> Tensor:
@@ -98,10 +99,6 @@ class LayerStack:
             if below is not None:
                 state = below
         return [gradient for gradients in reversed(found) for gradient in gradients]
-
-
-def layer_parameters(layer: Any) -> list[nn.Parameter]:
-    return [parameter for group in layer.groups for parameter in group.parameters]
 
 
 class _StackFunction(torch.autograd.Function):
