@@ -15,6 +15,7 @@ FLOORS = [
     "study",
     "report",
     "tuning",
+    "precision",
     "adapters",
     "evaluation.evaluate",
     "evaluation",

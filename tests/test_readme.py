@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from samples import run_trimtab, write_reviews
+from trimtab.engine.fused import native
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,11 +57,11 @@ def test_the_make_targets_of_the_readme_exist():
 
 
 def test_the_tree_of_the_readme_names_every_file():
-    names = set(re.findall(r"[\w.]+\.(?:py|j2|yaml|css|js)\b", README))
+    names = set(re.findall(r"[\w.]+\.(?:py|cpp|j2|yaml|css|js)\b", README))
     missing = [
         str(path.relative_to(ROOT))
         for path in (ROOT / "src").rglob("*")
-        if path.suffix in (".py", ".j2", ".yaml", ".css", ".js")
+        if path.suffix in (".py", ".cpp", ".j2", ".yaml", ".css", ".js")
         and path.name != "__init__.py"
         and path.name not in names
     ]
@@ -86,4 +87,7 @@ def test_doctor_measures():
     found = json.loads(done.stdout)
     assert found["gemm_gflops"]["float32"] > 0.1
     assert found["machine"]["cores"] >= 1
-    assert "float32" in run_trimtab("doctor").stdout
+    assert found["fused_kernels"] == native.is_available()
+    shown = run_trimtab("doctor").stdout
+    assert "float32" in shown
+    assert ("compiled for this processor" if found["fused_kernels"] else "install g++") in " ".join(shown.split())

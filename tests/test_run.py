@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from samples import run_trimtab, write_reviews
 from trimtab.adapters import evaluate_trial, prove_reload
 from trimtab.data import Row
+from trimtab.engine.fused import native
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import ReloadError, SourceError, TrainingError
 from trimtab.evaluation.baselines import LinearProbe
@@ -99,7 +100,8 @@ def test_notes_say_what_was_guessed_and_chosen(finished):
     assert "text column: 'text' (by its name" in stderr
     assert ("texts are padded" if family == "mpnet" else "texts are packed without padding") in stderr
     training = json.loads(run.trial("lora", 0).training.read_text())
-    assert training["forward"] == ("padded" if family == "mpnet" else "packed")
+    packed = "fused" if native.is_available() and family in ("bert", "llama", "roberta") else "packed"
+    assert training["forward"] == ("padded" if family == "mpnet" else packed)
     assert (training["forward_reason"] != "") == (family == "mpnet")
 
 
@@ -119,10 +121,14 @@ def test_stock_peft_gives_the_same_predictions(finished):
     batch = tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt")
     batch.pop("token_type_ids", None)
     with torch.no_grad():
-        logits = model(**batch).logits
-    assert [names[i] for i in logits.argmax(-1)] == [row["prediction"] for row in expected]
-    probabilities = torch.tensor([[row["probabilities"][name] for name in names] for row in expected])
-    torch.testing.assert_close(logits.softmax(-1), probabilities, atol=1e-5, rtol=1e-4)
+        stock = model(**batch).logits.double().softmax(-1)
+        exact = model.double()(**batch).logits.softmax(-1)
+    assert [names[i] for i in stock.argmax(-1)] == [row["prediction"] for row in expected]
+    ours = torch.tensor([[row["probabilities"][name] for name in names] for row in expected], dtype=torch.float64)
+    # A tiny model that is trained hard magnifies float32's rounding: ours may be as far from exact as stock's.
+    rounding = float((stock - exact).abs().max())
+    assert rounding < 5e-4
+    torch.testing.assert_close(ours, exact, atol=max(1e-5, 2 * rounding), rtol=0)
 
 
 def test_running_the_resolved_file_repeats_the_run_to_the_bit(finished, tmp_path):
@@ -264,3 +270,20 @@ def test_what_is_finished_is_kept(tmp_path, model_folder, reviews):
     again = load_file(run.trial("lora", 0).adapter / "adapter_model.safetensors")
     assert all(torch.equal(adapter[name], again[name]) for name in adapter)
     assert second["contrasts"] == first["contrasts"]
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: training is in float32")
+def test_training_in_int8_is_scored_in_float32(tmp_path, model_folder):
+    model = model_folder("llama")
+    data = write_reviews(tmp_path / "reviews.csv")
+    done = run_trimtab("run", "--model", model, "--train-data", data, "--precision", "int8", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "training in int8: " in done.stderr
+    run = RunFolder(tmp_path / "run")
+    training = json.loads(run.trial("lora", 0).training.read_text())
+    assert training["precision"] == "int8"
+    assert 0.99 < training["least_output_cosine"] < 1
+    assert len(training["errors"]) == 8
+    comparison = json.loads(run.comparison.read_text())
+    assert comparison["reload"]["passed"]
+    assert "int8" in run.report_markdown.read_text()

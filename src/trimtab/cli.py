@@ -217,12 +217,14 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A fin
 def doctor(as_json: AsJson = False) -> None:
     """Print versions, cores, memory, measured GEMM rates, and the paths that will be taken."""
     from trimtab.console import show_doctor
+    from trimtab.engine.fused import native
     from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
 
     found = {
         "versions": package_versions(),
         "machine": describe_machine(),
         "gemm_gflops": measure_gemm_rates(),
+        "fused_kernels": native.is_available(),
     }
     if as_json:
         print(json.dumps(found, indent=1))

@@ -163,6 +163,8 @@ def show_metrics(folders: Sequence[SystemFolder]) -> None:
 
 
 def show_doctor(found: dict[str, Any]) -> None:
+    from trimtab.machine import INT8_PAYS
+
     out = _output()
     machine, rates = found["machine"], found["gemm_gflops"]
     out.print(f"[bold]machine[/bold]  {machine['processor']}, {machine['cores']} cores, {machine['instructions']}, "
@@ -174,8 +176,16 @@ def show_doctor(found: dict[str, Any]) -> None:
     for name, rate in rates.items():
         table.add_row(name, _cost(rate, ",.0f"))
     out.print(table)
-    out.print("[bold]paths[/bold]    training: packed batches without padding, float32, where a probe at load proves "
-              "packed texts equal to lone ones; else padded batches of like length")  # fmt: skip
-    fastest = max((name for name in rates if rates[name]), key=lambda name: rates[name] or 0)
-    if fastest != "float32":
-        out.print(f"         {fastest} would be faster here; this version trains in float32 only")
+    fused = (
+        "Llama and BERT builds with LoRA in fused layers, their kernels compiled for this processor"
+        if found["fused_kernels"]
+        else "no fused layers: they need Linux and a C++ compiler (install g++, or name one in CXX)"
+    )
+    out.print(
+        "[bold]paths[/bold]    packed batches without padding, where a probe at load proves packed texts equal to lone "
+        f"ones; else padded batches of like length\n         {fused}"
+    )
+    whole, real = rates.get("int8") or 0, rates.get("float32") or 1
+    if found["fused_kernels"]:
+        out.print(f"         int8 multiplies {whole / real:.1f} times as fast as float32: --precision auto "
+                  f"{'takes it' if whole >= INT8_PAYS * real else 'stays in float32'} in fused layers")  # fmt: skip

@@ -7,13 +7,15 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("trimtab", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors",
              "scikit-learn", "scipy", "statsmodels", "numpy")  # fmt: skip
+# How many times as fast as float32 int8 has to multiply for the rest of its work to be repaid.
+INT8_PAYS = 2.0
 # Rows and sides of a middle-sized layer on a typical batch.
 _ROWS, _INNER, _OUTER = 512, 576, 1536
 
@@ -68,7 +70,7 @@ def git_state() -> str | None:
     return done.stdout.strip()
 
 
-def measure_gemm_rates() -> dict[str, float | None]:
+def measure_gemm_rates(precisions: Sequence[str] = ("float32", "bfloat16", "int8")) -> dict[str, float | None]:
     """Multiply-adds counted as two, in GFLOP/s (GOP/s for int8), median; None where refused."""
     import torch
 
@@ -81,7 +83,7 @@ def measure_gemm_rates() -> dict[str, float | None]:
         "bfloat16": lambda: narrow @ narrow_right.t(),
         "int8": lambda: torch._int_mm(whole, whole_right.t()),
     }
-    return {name: _rate(run) for name, run in work.items()}
+    return {name: _rate(work[name]) for name in precisions}
 
 
 def _rate(run: Callable[[], Any]) -> float | None:

@@ -23,6 +23,7 @@ from trimtab.errors import TrainingError
 from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
 from trimtab.methods import attach_adapter, get_method, learning_rate_of
+from trimtab.precision import choose_precision, describe_precision, use_float32
 from trimtab.progress import Progress
 from trimtab.runs import TrialFolder, write_json, write_jsonl
 from trimtab.study_config import StudyConfig
@@ -63,8 +64,10 @@ def tune(
 
     state = make_state(trainable_parameters(peft_model), study.weight_decay)
     plan = TrainingPlan(scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs)
+    errors = choose_precision(study.precision, scorer.choice.forward, plan[0].to(scorer.base.device), progress)
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
+    use_float32(scorer.choice.forward)
 
     adapter_bytes = save_adapter(peft_model, scorer.base.tokenizer, trial, facts)
     write_jsonl(trial.history, state.history)
@@ -80,7 +83,9 @@ def tune(
     }
     write_json(
         trial.training,
-        describe_training(study, scorer, peft_model, state, plan, ending, facts) | {"cost": cost},
+        describe_training(study, scorer, peft_model, state, plan, ending, facts)
+        | describe_precision(errors)
+        | {"cost": cost},
     )
     if ending == "not_finite":
         raise TrainingError(
@@ -166,7 +171,6 @@ def describe_training(
         "learning_rate": learning_rate_of(study),
         "target_modules": sorted(config.target_modules) if config.target_modules else [],
         "modules_to_save": sorted(set(config.modules_to_save or [])),
-        "forward": "packed" if scorer.choice.forward.packed else "padded",
+        "forward": scorer.choice.forward.name,
         "forward_reason": scorer.choice.reason,
-        "precision": study.precision,
     }

@@ -1,7 +1,7 @@
 """A classification model's forward, packed or padded, chosen by comparing outputs at load.
 
-`PaddedForward` is the plain twin: transformers' own forward on padded rows. `PackedForward`
-must give the same logits, or it is not used.
+`PaddedForward` is the plain twin: transformers' own forward on padded rows. `PackedForward` must give
+the same logits, or it is not used; where it can, it runs all layers as one function (`fused`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,17 @@ class Forward(Protocol):
 
     packed: bool
 
+    @property
+    def name(self) -> str:
+        """How the layers are computed: fused, packed or padded."""
+        ...
+
     def __call__(self, batch: Batch) -> Tensor: ...
 
 
 class PaddedForward:
     packed = False
+    name = "padded"
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -53,6 +59,10 @@ class PackedForward:
         self.model = model
         self.stack = stack  # the layers as one function, used where their adapters allow it
         self.limited = False  # whether the last layer can leave out what is not pooled
+
+    @property
+    def name(self) -> str:
+        return "fused" if self.stack is not None and self.stack.fits() else "packed"
 
     def __call__(self, batch: Batch) -> Tensor:
         logits: Tensor = logits_from_pooled(self.model, self.pooled_states(batch))

@@ -61,7 +61,8 @@ def make_scorer(base: BaseModel, max_length_tokens: int, progress: Progress) -> 
     type_ids = "token_type_ids" in base.tokenizer.model_input_names
     choice = choose_forward(base.model, base.tokenizer.pad_token_id, max_length_tokens, type_ids)
     if choice.forward.packed:
-        progress.note("texts are packed without padding (packed and lone texts gave the same logits)")
+        fused = ", in fused layers" if choice.forward.name == "fused" else ""
+        progress.note(f"texts are packed without padding{fused} (packed and lone texts gave the same logits)")
     else:
         progress.note(f"texts are padded, in batches of like length: packing does not fit this model ({choice.reason})")
     return Scorer(base, choice, max_length_tokens)

@@ -226,7 +226,7 @@ def clean_table(content: Content) -> Table | None:
 
 
 # The costs and titles of a trial stand in the tables of systems.
-_SHOWN_ELSEWHERE = frozenset({"cost", "title", "label_names"})
+_SHOWN_ELSEWHERE = frozenset({"cost", "title", "label_names", "errors"})
 _ENDINGS = {
     "finished": "ran to its end",
     "early_stop": "stopped early: validation no longer improved",

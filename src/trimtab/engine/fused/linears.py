@@ -65,11 +65,21 @@ class LinearGroup:
         self.column_scale: Tensor | None = None
         self.adapters: list[Adapter] = []
 
+    @property
+    def name(self) -> str:
+        return "+".join(self.names)
+
     def quantise(self) -> None:
-        """Also hold the weight as int8, with one scale a column of the product."""
+        """Compute with int8 from now on: the weight has one scale a column of the product, rows one each.
+
+        The one copy serves both directions: the input's gradient folds the scales into its rows.
+        """
         scale = self.weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127.0
         self.quantised = (self.weight / scale).round_().to(torch.int8)
         self.column_scale = scale.squeeze(1)
+
+    def use_float32(self) -> None:
+        self.quantised = self.column_scale = None
 
     def find_adapters(self) -> None:
         """Read the LoRA parts that peft has put around the layers, as they stand.

@@ -1,0 +1,101 @@
+"""Which groups of a stack compute in int8: those whose error on real rows stays within bounds.
+
+The scheme is that of LLM.int8() (Dettmers et al. 2022, section 2.1), one scale a row and one a column,
+for the input's gradient too. Groups with outliers, as the inputs of GLU down-projections often
+have, stay in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimtab.engine.fused.formats import Rows, Want
+from trimtab.engine.fused.linears import LinearGroup
+from trimtab.engine.fused.stack import LayerStack
+
+# Least cosine between what int8 and float32 give, over all elements of a group's product.
+OUTPUT_COSINE = 0.999
+GRADIENT_COSINE = 0.99
+
+
+class GroupError(NamedTuple):
+    """What int8 costs one group; `gradient_cosine` is None below the lowest adapter."""
+
+    layer: int
+    group: str
+    output_cosine: float
+    gradient_cosine: float | None
+
+    @property
+    def is_within_bounds(self) -> bool:
+        gradient = 1.0 if self.gradient_cosine is None else self.gradient_cosine
+        return self.output_cosine >= OUTPUT_COSINE and gradient >= GRADIENT_COSINE
+
+
+class _Seen:
+    """The rows that enter a group, and the gradient that comes back, of one pass in float32."""
+
+    def __init__(self, group: LinearGroup) -> None:
+        self.group = group
+        self.inputs: Tensor | None = None
+        self.gradient: Tensor | None = None
+        # The instance's methods stand before the class's until `forget`.
+        group.forward = self._forward  # type: ignore[method-assign]
+        group.backward = self._backward  # type: ignore[method-assign]
+
+    def _forward(self, rows: Rows, kernels: Any) -> Any:
+        self.inputs = rows.values
+        return LinearGroup.forward(self.group, rows, kernels)
+
+    def _backward(self, grad: Rows, kept: Any, needs_input: bool, kernels: Any) -> Any:
+        self.gradient = grad.values if needs_input else None
+        return LinearGroup.backward(self.group, grad, kept, needs_input, kernels)
+
+    def forget(self) -> None:
+        del self.group.forward, self.group.backward
+
+
+def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupError]:
+    """Let every group compute in int8 whose error in one pass stays within bounds; returns all errors.
+
+    Args:
+        run: one forward and backward through the stack, on a batch of real rows.
+    """
+    for group in stack.groups:
+        group.use_float32()
+    seen = [_Seen(group) for group in stack.groups]
+    try:
+        run()
+    finally:
+        for group_seen in seen:
+            group_seen.forget()
+    places = [(number, group) for number, layer in enumerate(stack.layers) for group in layer.groups]
+    errors = []
+    for (number, group), group_seen in zip(places, seen, strict=True):
+        group.quantise()
+        errors.append(_measure(number, group, group_seen, stack.kernels))
+        if not errors[-1].is_within_bounds:
+            group.use_float32()
+    return errors
+
+
+def _measure(layer: int, group: LinearGroup, seen: _Seen, kernels: Any) -> GroupError:
+    assert seen.inputs is not None
+    assert group.quantised is not None
+    assert group.column_scale is not None
+    rows = kernels.rows_of(seen.inputs, Want(False, True))
+    values = torch._int_mm(rows.quantised, group.quantised.t()) * rows.scale * group.column_scale
+    gradient = None
+    if seen.gradient is not None:
+        rows = kernels.rows_of(seen.gradient, Want(False, True, group.column_scale))
+        gradient = _cosine(torch._int_mm(rows.quantised, group.quantised) * rows.scale, seen.gradient @ group.weight)
+    return GroupError(layer, group.name, _cosine(values, seen.inputs @ group.weight.t()), gradient)
+
+
+def _cosine(ours: Tensor, theirs: Tensor) -> float:
+    return float(F.cosine_similarity(ours.flatten().double(), theirs.flatten().double(), 0))

@@ -1,0 +1,65 @@
+"""The number format of the frozen layers in training: chosen by measurement, told, and undone for scoring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trimtab.engine.batches import Batch
+from trimtab.engine.forward import Forward, PackedForward
+from trimtab.engine.fused.precision import GroupError, quantise_stack
+from trimtab.machine import INT8_PAYS, measure_gemm_rates
+from trimtab.progress import Progress
+from trimtab.study_config import Precision
+from trimtab.tasks.classification import classification_loss
+
+
+def choose_precision(wanted: Precision, forward: Forward, batch: Batch, progress: Progress) -> list[GroupError] | None:
+    """Let the frozen layers compute as `wanted`; says so, and returns the error of each where that is int8.
+
+    Args:
+        batch: training rows on which each group's error is measured.
+    """
+    if wanted == "float32":
+        return None
+    stack = forward.stack if isinstance(forward, PackedForward) else None
+    if stack is None or not stack.fits():
+        progress.note("training in float32: int8 needs a Llama or BERT build, plain LoRA and a C++ compiler")
+        return None
+    if wanted == "auto":
+        rates = measure_gemm_rates(("float32", "int8"))
+        whole, real = rates["int8"] or 0.0, rates["float32"] or 1.0
+        if whole < INT8_PAYS * real:
+            progress.note(f"training in float32: int8 multiplies only {whole / real:.1f} times as fast here")
+            return None
+    random_state = torch.get_rng_state()
+
+    def run() -> None:
+        classification_loss(forward(batch), batch.labels).backward()  # type: ignore[no-untyped-call]
+
+    errors = quantise_stack(stack, run)
+    torch.set_rng_state(random_state)
+    kept = sum(not error.is_within_bounds for error in errors)
+    progress.note(f"training in int8: {len(errors) - kept} of {len(errors)} groups of layers; {kept} stay in float32")
+    return errors
+
+
+def use_float32(forward: Forward) -> None:
+    """Scores are float32 for every system, whatever it was trained in."""
+    if isinstance(forward, PackedForward) and forward.stack is not None:
+        for group in forward.stack.groups:
+            group.use_float32()
+
+
+def describe_precision(errors: list[GroupError] | None) -> dict[str, Any]:
+    if errors is None:
+        return {"precision": "float32"}
+    gradients = [error.gradient_cosine for error in errors if error.gradient_cosine is not None]
+    return {
+        "precision": "int8",
+        "least_output_cosine": min(error.output_cosine for error in errors if error.is_within_bounds),
+        "least_gradient_cosine": min(gradients),
+        "kept_in_float32": [f"layer {error.layer} {error.group}" for error in errors if not error.is_within_bounds],
+        "errors": [error._asdict() for error in errors],
+    }

@@ -1,0 +1,103 @@
+"""int8 in fused layers: close to float32 in outputs and gradients, row by row, and left again without a trace."""
+
+import pytest
+import torch
+
+from trimtab.engine.batches import Collator
+from trimtab.engine.forward import choose_forward
+from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.fused import native, precision
+from trimtab.engine.fused.precision import quantise_stack
+from trimtab.engine.prepare import prepare_adapted
+from trimtab.methods import attach_adapter
+from trimtab.study_config import build_study
+from trimtab.tasks.classification import Example, classification_loss
+from trimtab.tasks.heads import pools_last_token
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: training is in float32")
+
+LENGTHS = [4, 9, 9, 1, 17, 4]
+
+
+class Case:
+    """A tiny model with a LoRA adapter that is alive, and its float32 results."""
+
+    def __init__(self, model):
+        self.choice = choose_forward(model, 0, 64, False)
+        self.stack = self.choice.forward.stack
+        self.peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0}), [])
+        prepare_adapted(self.peft_model, self.choice.forward)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(self.peft_model).items():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        set_adapter_training(self.peft_model, True)
+        last = pools_last_token(model)
+        self.examples = [Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None,
+                                 length - 1 if last else 0, i % 3) for i, length in enumerate(LENGTHS)]  # fmt: skip
+
+    def batch(self, examples):
+        return Collator(examples, True, self.choice.position_offset, 0).collate(range(len(examples)))
+
+    def results(self, examples=None, rows=slice(None)):
+        batch = self.batch(examples or self.examples)
+        self.peft_model.zero_grad()
+        logits = self.choice.forward(batch)[rows]
+        classification_loss(logits, batch.labels[rows]).backward()
+        grads = [p.grad.flatten() for p in trainable_parameters(self.peft_model).values() if p.grad is not None]
+        return logits.detach(), torch.cat(grads)
+
+    def quantise(self):
+        return quantise_stack(self.stack, self.results)
+
+
+@pytest.fixture(params=["llama", "bert", "qwen2"])
+def case(tiny_model, request):
+    return Case(tiny_model(request.param, hidden_size=64, intermediate_size=128))
+
+
+def test_outputs_and_gradients_stay_close_to_float32(case):
+    logits, grads = case.results()
+    errors = case.quantise()
+    assert len(errors) == 8
+    assert all(error.is_within_bounds for error in errors), errors
+    assert errors[0].gradient_cosine is None  # nothing below the lowest adapter is asked for
+    assert min(error.output_cosine for error in errors) < 1 - 1e-8
+    quantised, quantised_grads = case.results()
+    assert torch.cosine_similarity(quantised.flatten(), logits.flatten(), 0) > 0.995
+    assert (quantised - logits).abs().max() > 0
+    assert torch.cosine_similarity(quantised_grads, grads, 0) > 0.99
+
+
+def test_float32_comes_back_to_the_last_bit(case):
+    logits, grads = case.results()
+    case.quantise()
+    for group in case.stack.groups:
+        group.use_float32()
+    again, again_grads = case.results()
+    assert torch.equal(again, logits)
+    assert torch.equal(again_grads, grads)
+
+
+def test_a_changed_text_leaves_its_neighbours_alone(case):
+    case.quantise()
+    changed_row = 4
+    other = Example([7] * LENGTHS[changed_row], None, case.examples[changed_row].pooled, 0)
+    rows = [i for i, row in enumerate(case.batch(case.examples).rows) if row != changed_row]
+    before = case.results(rows=rows)
+    after = case.results([other if i == changed_row else e for i, e in enumerate(case.examples)], rows)
+    for ours, theirs in zip(after, before, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_groups_beyond_the_bound_stay_in_float32(case, monkeypatch):
+    errors = case.quantise()
+    bound = sorted(error.output_cosine for error in errors)[4]
+    monkeypatch.setattr(precision, "OUTPUT_COSINE", bound)
+    again = case.quantise()
+    assert [error.output_cosine for error in again] == [error.output_cosine for error in errors]
+    quantised = [group.quantised is not None for group in case.stack.groups]
+    assert quantised == [error.output_cosine >= bound for error in errors]
+    assert 0 < sum(quantised) < 8
+    case.results()
