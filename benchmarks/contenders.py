@@ -27,6 +27,7 @@ from trimtab.evaluation.baselines import fit_linear_probe
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import attach_adapter, learning_rate_of
 from trimtab.models import load_base, quiet_libraries
+from trimtab.precision import choose_precision, use_float32
 from trimtab.progress import Silent
 from trimtab.sources import locate_model
 from trimtab.study_config import StudyConfig, build_study
@@ -77,6 +78,7 @@ def make_study(arguments: argparse.Namespace) -> StudyConfig:
             "evaluations_per_epoch": 8,
             "early_stopping_patience": 100,
             "seed": arguments.seed,
+            "precision": "int8" if arguments.contender == "trimtab-int8" else "float32",
         }
     )
 
@@ -102,6 +104,8 @@ class TrimtabContender:
         # Half a text over the mean fills the batches to the peer's tokens on average.
         budget = round((BATCH_ROWS + 0.5) * mean_length(self.train))
         self.plan = TrainingPlan(self.scorer.collator(self.train), budget, self.study.seed, 2)
+        set_adapter_training(self.peft_model, True)
+        choose_precision(self.study.precision, self.scorer.choice.forward, self.plan[0], Silent())
 
     def training_turns(self, turns: Turns) -> None:
         self.attach()
@@ -124,7 +128,6 @@ class TrimtabContender:
         from trimtab.tasks.classification import classification_loss
 
         forward = self.scorer.choice.forward
-        set_adapter_training(self.peft_model, True)
         settings = LoopSettings(learning_rate_of(self.study), 0.06, 1.0, 10**9, 10**9)
         train(
             self.state,
@@ -163,6 +166,7 @@ class TrimtabContender:
 
         run_loop(self.study, self.scorer, self.peft_model, self.state, self.plan, self.validation, Listener())
         set_adapter_training(self.peft_model, False)
+        use_float32(self.scorer.choice.forward)
         seconds = time.perf_counter() - started
         logits = self.scorer.score(self.test).logits
         return {"seconds": seconds, "validation": reached, "predicted": logits.argmax(-1).tolist()}
@@ -258,7 +262,7 @@ class TrainerContender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("contender", choices=["trimtab", "dynamic", "grouped"])
+    parser.add_argument("contender", choices=["trimtab", "trimtab-int8", "dynamic", "grouped"])
     parser.add_argument("work", choices=["train", "evaluate", "learn"])
     parser.add_argument("--model", default="starter:minilm-l6")
     parser.add_argument("--seed", type=int, default=0)
@@ -268,7 +272,7 @@ def main() -> None:
     study = make_study(arguments)
     data = prepare_data(study, Silent())
     contender: Any
-    if arguments.contender == "trimtab":
+    if arguments.contender.startswith("trimtab"):
         contender = TrimtabContender(study, data)
     else:
         contender = TrainerContender(study, data, arguments.contender == "grouped")

@@ -10,6 +10,7 @@ Writes benchmarks/results/*.json; `docs/performance.md` quotes them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -23,7 +24,8 @@ from trimtab.evaluation.comparison import compare_two
 from trimtab.evaluation.predictions import Predictions
 from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
 
-CONTENDERS = ("trimtab", "dynamic", "grouped")
+OURS = ("trimtab", "trimtab-int8")
+PEERS = ("dynamic", "grouped")
 # A turn is one step. `Trainer` sorts each run of 50 batches from long to short, so 50 turns see every length once;
 # each window takes every fifth turn, so that windows compare.
 WINDOWS = 5
@@ -80,9 +82,8 @@ def measure_throughput(model: str, work: str) -> dict[str, Any]:
     """Medians of real tokens a second over windows, and ratios taken window by window."""
     workers = {}
     turns = TRAINING_TURNS if work == "train" else WINDOWS
-    for name in CONTENDERS:  # one warms up at a time
-        if work == "evaluate" and name == "grouped":
-            continue
+    names = (*OURS, *PEERS) if work == "train" else ("trimtab", "dynamic")
+    for name in names:  # one warms up at a time
         workers[name] = Worker(name, work, model, EVALUATION_ROWS[model])
         workers[name].read()
     sums = {name: np.zeros((WINDOWS, 2)) for name in workers}
@@ -93,9 +94,10 @@ def measure_throughput(model: str, work: str) -> dict[str, Any]:
         worker.stop()
     rates = {name: (window[:, 0] / window[:, 1]).tolist() for name, window in sums.items()}
     found: dict[str, Any] = {"tokens_per_second": {n: statistics.median(r) for n, r in rates.items()}, "windows": rates}
-    for peer in set(rates) - {"trimtab"}:
-        ratios = [ours / theirs for ours, theirs in zip(rates["trimtab"], rates[peer], strict=True)]
-        found[f"ratio_to_{peer}"] = {"median": statistics.median(ratios), "windows": ratios}
+    found["ratios"] = {}
+    for one, other in itertools.product(set(rates) & set(OURS), set(rates) & set(PEERS)):
+        ratios = [ours / theirs for ours, theirs in zip(rates[one], rates[other], strict=True)]
+        found["ratios"][f"{one} to {other}"] = {"median": statistics.median(ratios), "windows": ratios}
     return found
 
 
@@ -141,12 +143,12 @@ def _as_predictions(ids: list[str], labels: Any, predicted: list[int]) -> Predic
 def print_throughput(model: str, work: str, found: dict[str, Any], gemm: float) -> None:
     limit = gemm * 1e9 / (LINEAR_PARAMETERS[model] * (4 if work == "train" else 2))
     for name, rate in found["tokens_per_second"].items():
-        ratio = found.get(f"ratio_to_{name}")
-        told = f"Trimtab is {ratio['median']:.2f} times as fast" if ratio else ""
         print(
-            f"  {model} {work} {name:8} {rate:8,.0f} tokens/s  {rate / limit:4.0%} of the GEMM limit  {told}",
+            f"  {model} {work} {name:12} {rate:8,.0f} tokens/s  {rate / limit:4.0%} of the float32 GEMM limit",
             flush=True,
         )
+    for name, ratio in sorted(found["ratios"].items()):
+        print(f"  {model} {work} {name}: {ratio['median']:.2f} times as fast", flush=True)
 
 
 def main() -> None:
