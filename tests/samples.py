@@ -24,7 +24,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
              "qwen2": "Qwen2", "mistral": "Mistral", "xlm-roberta": "XLMRoberta", "electra": "Electra",
              "albert": "Albert", "modernbert": "ModernBert", "qwen3": "Qwen3", "gemma2": "Gemma2",
              "gemma3": "Gemma3Text", "phi3": "Phi3", "opt": "OPT", "gpt_neox": "GPTNeoX", "olmo2": "Olmo2",
-             "smollm3": "SmolLM3", "granite": "Granite", "mpnet": "MPNet", "gpt_neo": "GPTNeo"}  # fmt: skip
+             "smollm3": "SmolLM3", "granite": "Granite", "roberta-prelayernorm": "RobertaPreLayerNorm", "mpnet": "MPNet", "gpt_neo": "GPTNeo"}  # fmt: skip
     settings: dict[str, Any] = _SMALL | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if family == "distilbert":
         settings = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}

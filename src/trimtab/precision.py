@@ -27,13 +27,14 @@ def choose_precision(wanted: Precision, forward: Forward, batch: Batch, progress
     if stack is None or not stack.fits():
         progress.note("training in float32: int8 needs a Llama or BERT build, plain LoRA and a C++ compiler")
         return None
+    random_state = torch.get_rng_state()  # neither measurement may change what training draws
     if wanted == "auto":
         rates = measure_gemm_rates(("float32", "int8"))
+        torch.set_rng_state(random_state)
         whole, real = rates["int8"] or 0.0, rates["float32"] or 1.0
         if whole < INT8_PAYS * real:
             progress.note(f"training in float32: int8 multiplies only {whole / real:.1f} times as fast here")
             return None
-    random_state = torch.get_rng_state()
 
     def run() -> None:
         classification_loss(forward(batch), batch.labels).backward()  # type: ignore[no-untyped-call]
@@ -53,13 +54,13 @@ def use_float32(forward: Forward) -> None:
 
 
 def describe_precision(errors: list[GroupError] | None) -> dict[str, Any]:
-    if errors is None:
+    used = [error for error in errors or [] if error.is_within_bounds]
+    if errors is None or not used:
         return {"precision": "float32"}
-    gradients = [error.gradient_cosine for error in errors if error.gradient_cosine is not None]
     return {
         "precision": "int8",
-        "least_output_cosine": min(error.output_cosine for error in errors if error.is_within_bounds),
-        "least_gradient_cosine": min(gradients),
-        "kept_in_float32": [f"layer {error.layer} {error.group}" for error in errors if not error.is_within_bounds],
+        "least_output_cosine": min(error.output_cosine for error in used),
+        "least_gradient_cosine": min((e.gradient_cosine for e in used if e.gradient_cosine is not None), default=None),
+        "kept_in_float32": [f"layer {error.layer} {error.group}" for error in errors if error not in used],
         "errors": [error._asdict() for error in errors],
     }

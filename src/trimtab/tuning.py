@@ -93,6 +93,7 @@ def tune(
             f"{state.best_step}, the best on validation, is kept in {trial.adapter}; "
             f"lower --learning-rate (it was {learning_rate_of(study):g}) and use another --out, or --overwrite"
         )
+    progress.stage("Scoring what was trained, to be held against its reload")
     save_logits(trial.trained_logits, scorer.score(data.test, progress).logits)
 
 

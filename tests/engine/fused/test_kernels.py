@@ -6,7 +6,7 @@ import torch
 from trimtab.engine.fused import native, plain
 from trimtab.engine.fused.formats import Heads, HeadShape, Product, Rotary, Rows, Want, draw_masks
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: the plain kernels are used")
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: models keep their own forward")
 
 TOKENS, WIDTH = 7, 24
 SHAPE = HeadShape(2, 1, 6)  # 24 columns

@@ -10,6 +10,8 @@ from trimtab.engine.fused import native, precision
 from trimtab.engine.fused.precision import quantise_stack
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.methods import attach_adapter
+from trimtab.precision import choose_precision, describe_precision, use_float32
+from trimtab.progress import Silent
 from trimtab.study_config import build_study
 from trimtab.tasks.classification import Example, classification_loss
 from trimtab.tasks.heads import pools_last_token
@@ -101,3 +103,21 @@ def test_groups_beyond_the_bound_stay_in_float32(case, monkeypatch):
     assert quantised == [error.output_cosine >= bound for error in errors]
     assert 0 < sum(quantised) < 8
     case.results()
+
+
+def test_nothing_within_bounds_is_told_as_float32(case, monkeypatch):
+    monkeypatch.setattr(precision, "OUTPUT_COSINE", 1.1)
+    errors = case.quantise()
+    assert all(group.quantised is None for group in case.stack.groups)
+    assert describe_precision(errors) == {"precision": "float32"}
+
+
+def test_the_choice_draws_nothing_from_the_generator(case):
+    batch = case.batch(case.examples)
+    for wanted in ("float32", "int8", "auto"):
+        torch.manual_seed(3)
+        choose_precision(wanted, case.choice.forward, batch, Silent())
+        use_float32(case.choice.forward)
+        drawn = torch.rand(1)
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(1)), wanted

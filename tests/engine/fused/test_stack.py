@@ -226,3 +226,46 @@ def test_a_build_that_only_looks_known_is_found_out_by_its_outputs(tiny_model):
     choice = choose_forward(model, 0, 64, False)
     assert choice.forward.packed
     assert choice.forward.stack is None
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "embed_tokens"), ("electra", "embeddings_project")])
+def test_an_adapter_outside_of_the_layers_is_trained_too(tiny_model, family, target):
+    model = tiny_model(family)
+    choice = choose_forward(model, 0, 64, False)
+    assert choice.forward.stack is not None
+    peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0, "target_modules": target}), [])
+    prepare_adapted(peft_model, choice.forward)
+    assert not choice.forward.stack.fits()
+    batch = pack(make_examples(model), choice)
+    found = results(peft_model, choice.forward(batch), batch.labels)
+    assert sum("lora" in name for name in found) == 2
+
+
+def test_a_base_weight_that_was_replaced_is_noticed(tiny_model):
+    model = tiny_model("llama")
+    choice = choose_forward(model, 0, 64, False)
+    peft_model = adapt(model, choice)
+    batch = pack(make_examples(model), choice)
+    with torch.no_grad():
+        tuned = choice.forward(batch)
+        peft_model.merge_adapter(safe_merge=True)  # gives every base layer a new tensor
+        torch.testing.assert_close(choice.forward(batch), tuned, atol=1e-5, rtol=1e-5)
+
+
+def test_another_forward_before_the_backward_changes_no_gradient(tiny_model):
+    model = tiny_model("llama")
+    choice = choose_forward(model, 0, 64, False)
+    peft_model = adapt(model, choice)
+    batch = pack(make_examples(model), choice)
+    expected = results(peft_model, choice.forward(batch), batch.labels)
+    logits = choice.forward(batch)
+    with torch.no_grad(), peft_model.disable_adapter():
+        choice.forward(batch)
+    assert_equal(results(peft_model, logits, batch.labels), expected)
+
+
+def test_a_build_with_its_norms_elsewhere_is_packed_all_the_same(tiny_model):
+    model = tiny_model("roberta-prelayernorm")
+    choice = choose_forward(model, 0, 64, False)
+    assert choice.forward.packed, choice.reason
+    assert choice.forward.stack is None

@@ -216,4 +216,4 @@ def _select(rows: Rows, selected: Tensor) -> Rows:
 
 
 def _spread(values: Tensor, selected: Tensor, tokens: int) -> Tensor:
-    return values.new_zeros(tokens, values.shape[1]).index_copy_(0, selected, values)
+    return values.new_zeros(tokens, values.shape[1]).index_add_(0, selected, values)

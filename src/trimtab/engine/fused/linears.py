@@ -32,6 +32,7 @@ class Adapter(NamedTuple):
 class Kept(NamedTuple):
     """What the backward of a group's LoRA parts needs."""
 
+    adapters: tuple[Adapter, ...]
     inputs: Tensor
     small: Tensor
     masks: Masks
@@ -53,6 +54,8 @@ class LinearGroup:
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
         self.parent, self.names = parent, names
         bases = [_base_of(getattr(parent, name)) for name in names]
+        if len({base.bias is None for base in bases}) > 1:
+            raise AttributeError(f"only some of {', '.join(names)} have a bias")
         weights = [base.weight.detach() for base in bases]
         self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.stops = list(accumulate(map(len, weights)))
@@ -63,7 +66,7 @@ class LinearGroup:
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
         self.quantised: Tensor | None = None
         self.column_scale: Tensor | None = None
-        self.adapters: list[Adapter] = []
+        self.adapters: tuple[Adapter, ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,15 +90,19 @@ class LinearGroup:
         Raises:
             NotPlainError: something else than plain LoRA is around a layer.
         """
-        self.adapters = []
+        adapters = []
         start = 0
         for name, stop in zip(self.names, self.stops, strict=True):
-            adapter = _adapter_of(getattr(self.parent, name), start, stop)
+            layer = getattr(self.parent, name)
+            if _base_of(layer).weight.data_ptr() != self.weight[start:].data_ptr():
+                raise NotPlainError  # someone gave the layer another weight
+            adapter = _adapter_of(layer, start, stop, self.quantised is not None)
             if adapter is not None:
-                self.adapters.append(adapter)
+                adapters.append(adapter)
             start = stop
-        if len({(adapter.dropout, len(adapter.lora_a)) for adapter in self.adapters}) > 1:
+        if len({(adapter.dropout, len(adapter.lora_a)) for adapter in adapters}) > 1:
             raise NotPlainError
+        self.adapters = tuple(adapters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -133,7 +140,14 @@ class LinearGroup:
             torch.mul(
                 adapter.lora_b.detach().t(), adapter.scaling * masks.scale, out=part[:, adapter.start : adapter.stop]
             )
-        return Kept(values, kernels.lora_forward(values, lora_a, len(self.adapters), masks), masks, lora_a, lora_b)
+        return Kept(
+            self.adapters,
+            values,
+            kernels.lora_forward(values, lora_a, len(self.adapters), masks),
+            masks,
+            lora_a,
+            lora_b,
+        )
 
     def backward(
         self, grad: Rows, kept: Kept | None, needs_input: bool, kernels: Kernels
@@ -145,9 +159,9 @@ class LinearGroup:
             assert grad.values is not None
             by_small = grad.values @ kept.lora_b.t()
             by_a, delta = kernels.lora_backward(
-                kept.inputs, kept.lora_a, len(self.adapters), by_small, kept.masks, needs_input
+                kept.inputs, kept.lora_a, len(kept.adapters), by_small, kept.masks, needs_input
             )
-            found = self._by_adapter(by_a, kept.small.t() @ grad.values, kept.masks.scale)
+            found = _by_adapter(kept, by_a, kept.small.t() @ grad.values)
         if not needs_input:
             return None, found
         if self.quantised is None:
@@ -156,26 +170,29 @@ class LinearGroup:
         assert grad.quantised is not None
         return Product(torch._int_mm(grad.quantised, self.quantised), grad.scale, delta=delta), found
 
-    def _by_adapter(self, by_a: Tensor, by_b: Tensor, scale: float) -> list[Tensor]:
-        """Each adapter's A and B from the gradients of all."""
-        count = len(self.adapters)
-        found = []
-        for adapter, a, b in zip(self.adapters, by_a.chunk(count), by_b.chunk(count), strict=True):
-            found += [a, b[:, adapter.start : adapter.stop].t() * (adapter.scaling * scale)]
-        return found
+
+def _by_adapter(kept: Kept, by_a: Tensor, by_b: Tensor) -> list[Tensor]:
+    """Each adapter's A and B from the gradients of all."""
+    count = len(kept.adapters)
+    found = []
+    for adapter, a, b in zip(kept.adapters, by_a.chunk(count), by_b.chunk(count), strict=True):
+        found += [a, b[:, adapter.start : adapter.stop].t() * (adapter.scaling * kept.masks.scale)]
+    return found
 
 
 def _base_of(layer: Any) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _adapter_of(layer: Any, start: int, stop: int) -> Adapter | None:
+def _adapter_of(layer: Any, start: int, stop: int, quantised: bool) -> Adapter | None:
     """The LoRA part of `layer`; None where it has none, or has it switched off or merged."""
     if not isinstance(layer, BaseTunerLayer):
         if any(parameter.requires_grad for parameter in layer.parameters()):
             raise NotPlainError
         return None
     if not isinstance(layer, PeftLinear) or layer.lora_variant or len(layer.active_adapters) > 1:
+        raise NotPlainError
+    if layer.merged and quantised:  # the int8 copy does not follow a merge
         raise NotPlainError
     if layer.disable_adapters or layer.merged or not layer.active_adapters:
         return None

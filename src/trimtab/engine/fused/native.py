@@ -1,6 +1,6 @@
 """`kernels.cpp`, built once for this processor and called on tensors; `plain` has the same functions.
 
-The library lies in Trimtab's cache folder, named by a hash of source, flags, compiler and processor.
+The library lies in Trimtab's cache folder, named by a hash of source, flags and processor.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -46,15 +47,17 @@ def is_available() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, built where it is not there yet; None where that cannot be done."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if platform.system() != "Linux" or compiler is None:
+    if platform.system() != "Linux":
         return None
     source = resources.files("trimtab.engine.fused").joinpath("kernels.cpp").read_bytes()
-    key = hashlib.sha256(b"\0".join([source, *map(str.encode, (*_FLAGS, compiler, _processor()))])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([source, *map(str.encode, (*_FLAGS, _processor()))])).hexdigest()[:16]
     path = cache_folder() / "kernels" / f"{key}.so"
     try:
-        if not path.is_file():
-            _build(compiler, source, path)
+        return ctypes.CDLL(str(path))
+    except OSError:
+        pass  # not there yet, or no longer fit for this system
+    try:
+        _build(source, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
@@ -69,12 +72,13 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _build(compiler: str, source: bytes, path: Path) -> None:
+def _build(source: bytes, path: Path) -> None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "c++"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         code, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         code.write_bytes(source)
-        subprocess.run([compiler, *_FLAGS, str(code), "-o", str(built)], check=True, capture_output=True, timeout=120)
+        subprocess.run([*compiler, *_FLAGS, str(code), "-o", str(built)], check=True, capture_output=True, timeout=120)
         built.replace(path)
 
 
@@ -96,12 +100,16 @@ def _as_c(argument: Any) -> Any:
     return ctypes.c_float(argument) if isinstance(argument, float) else argument
 
 
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
 def _output(shape: Sequence[int], want: Want) -> tuple[Rows, _Want]:
     tokens, columns = shape
-    values = torch.empty(tokens, columns) if want.values else None
+    values = _empty(tokens, columns) if want.values else None
     quantised = scale = None
     if want.quantised:
-        quantised, scale = torch.empty(tokens, columns, dtype=torch.int8), torch.empty(tokens, 1)
+        quantised, scale = torch.empty(tokens, columns, dtype=torch.int8), _empty(tokens, 1)
     pointers = (None if part is None else part.data_ptr() for part in (values, quantised, scale, want.column_scale))
     return Rows(values, quantised, scale), _Want(*pointers)
 
@@ -115,7 +123,7 @@ def rows_of(values: Tensor, want: Want) -> Rows:
 
 
 def lora_forward(values: Tensor, lora_a: Tensor, adapters: int, masks: Masks) -> Tensor:
-    small = torch.empty(len(values), len(lora_a))
+    small = _empty(len(values), len(lora_a))
     _call(
         "lora_forward", values, lora_a, *masks, len(values), adapters, len(lora_a) // adapters, values.shape[1], small
     )
@@ -134,7 +142,7 @@ def lora_backward(
 def add_product(residual: Tensor | None, product: Product) -> Tensor:
     if residual is None and product.is_plain:
         return product.values
-    out = torch.empty(product.values.shape)
+    out = _empty(*product.values.shape)
     _call("add_product", residual, product, *out.shape, out)
     return out
 
@@ -144,7 +152,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Rows]:
     tokens, columns = residual.shape
     total = residual if product is None else torch.empty_like(residual)
-    inverse = torch.empty(tokens, 1)
+    inverse = _empty(tokens, 1)
     rows, pointers = _output((tokens, columns), want)
     given = _Product() if product is None else product
     _call("add_rms_norm", residual, given, weight, eps, tokens, columns, total, inverse, pointers)
@@ -168,7 +176,7 @@ def rms_norm_backward(
 def add_layer_norm(
     residual: Tensor, product: Product, weight: Tensor, bias: Tensor, eps: float, want: Want
 ) -> tuple[Tensor, Tensor, Tensor, Rows]:
-    total, mean, inverse = torch.empty_like(residual), torch.empty(len(residual), 1), torch.empty(len(residual), 1)
+    total, mean, inverse = torch.empty_like(residual), _empty(len(residual), 1), _empty(len(residual), 1)
     rows, pointers = _output(residual.shape, want)
     _call("add_layer_norm", residual, product, weight, bias, eps, *residual.shape, total, mean, inverse, pointers)
     return total, mean, inverse, rows
@@ -217,7 +225,7 @@ def gelu_backward(grad: Product, inner: Product, want: Want) -> Rows:
 
 
 def rotate_heads(projected: Product, rotary: Rotary | None, shape: HeadShape) -> Tensor:
-    out = torch.empty(projected.values.shape)
+    out = _empty(*projected.values.shape)
     _call("rotate_heads", projected, *(rotary or (None, None)), len(out), *shape, out)
     return out
 
@@ -230,7 +238,7 @@ def rotate_heads_backward(grad: Tensor, rotary: Rotary | None, shape: HeadShape,
 
 def attention_forward(projected: Tensor, starts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     shape = heads.shape
-    out, log_sums = torch.empty(len(projected), shape.query * shape.dim), torch.empty(len(projected), shape.query)
+    out, log_sums = _empty(len(projected), shape.query * shape.dim), _empty(len(projected), shape.query)
     _call("attention_forward", projected, starts, len(starts) - 1, *shape, float(heads.scaling), int(heads.causal),
           heads.window or 0, out, log_sums)  # fmt: skip
     return out, log_sums

@@ -1,4 +1,4 @@
-"""The plain twins of `kernels.cpp`, in torch: the reference, and what runs where no compiler is.
+"""The plain twins of `kernels.cpp`, in torch: the reference that tests hold the kernels against.
 
 Each stands for one pass over memory between two matrix products. `native` has the same functions.
 """

@@ -24,7 +24,7 @@ GRADIENT_COSINE = 0.99
 
 
 class GroupError(NamedTuple):
-    """What int8 costs one group; `gradient_cosine` is None below the lowest adapter."""
+    """What int8 costs one group; `gradient_cosine` is None where no gradient of the input is asked for."""
 
     layer: int
     group: str

@@ -31,10 +31,12 @@ class LayerStack:
         self.groups = [group for layer in layers for group in layer.groups]
         self.trained: int | None = None
         self.parameters: list[nn.Parameter] = []
-        self._checked: set[int] | None = None  # the parameters with which all others were seen to be frozen
+        self._checked: set[int] = set()  # the parameters with which all others were seen to be frozen
 
     def fits(self) -> bool:
         """Read the adapters as they stand now; False where one is not plain LoRA in a layer's linears."""
+        if torch.is_autocast_enabled("cpu"):
+            return False
         try:
             for group in self.groups:
                 group.find_adapters()
@@ -44,7 +46,7 @@ class LayerStack:
         adapted = [number for number, layer in enumerate(self.layers) if any(g.adapters for g in layer.groups)]
         self.trained = min(adapted, default=None)
         known = set(map(id, self.parameters))
-        if known != self._checked:
+        if not known or known != self._checked:
             # The norm and the pooler come after the stack; whatever trains elsewhere must be known to it.
             inside = [part for name, part in self.backbone.named_children() if name not in ("norm", "pooler")]
             if any(p.requires_grad and id(p) not in known for part in inside for p in part.parameters()):
@@ -89,12 +91,14 @@ class LayerStack:
         return total_of(state, batch.kernels)
 
     def backward(self, grad: Tensor, batch: Batch, saved: list[Any]) -> list[Tensor]:
+        """Gradients of the adapters' parameters; `saved` has an entry for each layer from the lowest adapted one up."""
         state = Sum(grad.contiguous())
         found: list[list[Tensor]] = []
         last = len(self.layers) - 1
-        for number in range(last, (self.trained or 0) - 1, -1):
+        lowest = len(self.layers) - len(saved)
+        for number in range(last, lowest - 1, -1):
             layer = self.layers[number]
-            below, gradients = layer.backward(state, saved.pop(), batch, number == last, number != self.trained)
+            below, gradients = layer.backward(state, saved[number - lowest], batch, number == last, number != lowest)
             found.append(gradients)
             if below is not None:
                 state = below
@@ -125,9 +129,11 @@ def build_stack(backbone: Any, kernels: Kernels) -> LayerStack | None:
     try:
         if not all(fits(layer, backbone.config) for layer in layers):
             return None
+        if any(parameter.dtype != torch.float32 for parameter in backbone.parameters()):
+            return None
+        return LayerStack(backbone, [build(layer, backbone.config) for layer in layers], kernels)
     except AttributeError:  # a part that the known builds have is not there
         return None
-    return LayerStack(backbone, [build(layer, backbone.config) for layer in layers], kernels)
 
 
 def _is_llama(layer: Any, config: Any) -> bool:
@@ -150,6 +156,8 @@ def _build_llama(layer: Any, config: Any) -> LlamaLayer:
 def _is_bert(layer: Any, config: Any) -> bool:
     return bool(
         _children(layer) == {"attention", "intermediate", "output"}
+        and _children(layer.attention) == {"self", "output"}
+        and _children(layer.attention.output) == _children(layer.output) == {"dense", "LayerNorm"}
         and _children(layer.attention.self) == {"query", "key", "value"}
         and config.hidden_act == "gelu"
         and not config.is_decoder
