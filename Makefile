@@ -10,7 +10,7 @@ help:
 	@echo "make test    install, then run every test"
 	@echo "make setup   only .venv and the installation"
 	@echo "make check   ruff and mypy"
-	@echo "make bench   Trimtab beside Trainer + peft (about 30 minutes on two cores)"
+	@echo "make bench   Trimtab beside Trainer + peft (over an hour on two cores)"
 
 setup: $(INSTALLED)
 

@@ -1,7 +1,7 @@
 """Trimtab beside `Trainer` + `peft`: throughput in turns, wall time to the peer's accuracy, accuracy.
 
-    python benchmarks/training.py                         everything (about an hour on two cores)
-    python benchmarks/training.py --only throughput       a few minutes
+    python benchmarks/training.py                         everything (over an hour on two cores)
+    python benchmarks/training.py --only throughput       about ten minutes
     python benchmarks/training.py --models starter:minilm-l6 --seeds 0 1 2
 
 Writes benchmarks/results/*.json; `docs/performance.md` quotes them.

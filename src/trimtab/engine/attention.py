@@ -94,14 +94,14 @@ def attend(
     if softcap is not None:
         return _attend_softcapped(query, key, value, causal, scaling, window, softcap)
     if window is not None and window < length:
-        mask = window_mask(length, window, causal, query.device)
+        mask = _window_mask(length, window, causal, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=causal and length > 1, scale=scaling, enable_gqa=grouped
     )
 
 
-def window_mask(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
+def _window_mask(length: int, window: int, causal: bool, device: torch.device) -> Tensor:
     """[length, length], True where a query (row) may see a key (column)."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
@@ -123,7 +123,7 @@ def _attend_softcapped(
     length = query.shape[2]
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[3] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
-    allowed = window_mask(length, window or length, causal, query.device) if causal or window else None
+    allowed = _window_mask(length, window or length, causal, query.device) if causal or window else None
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     return scores.softmax(-1) @ value

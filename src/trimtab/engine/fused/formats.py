@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Steps that dropout's rate comes in.
-LEVELS = 1 << 16
+from trimtab.engine.lora import DROPOUT_LEVELS
 
 
 class Product(NamedTuple):
@@ -53,12 +52,12 @@ class Masks(NamedTuple):
 
     @property
     def scale(self) -> float:
-        return LEVELS / (LEVELS - self.dropped)
+        return DROPOUT_LEVELS / (DROPOUT_LEVELS - self.dropped)
 
 
 def draw_masks(dropout: float) -> Masks:
     """Masks at rate `dropout`, seeded by torch's generator."""
-    dropped = min(round(dropout * LEVELS), LEVELS - 1)
+    dropped = min(round(dropout * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
     return Masks(int(torch.randint(1 << 32, ())), dropped) if dropped else Masks()
 
 

@@ -287,8 +287,8 @@ void add_rms_norm(const float* residual, Product product, const float* weight, f
   }
 }
 
-void rms_norm_backward(const float* grad_residual, Product grad, const float* total, const float* inverse, const float* weight, int64_t tokens,
-                       int64_t n, Want want) {
+void rms_norm_backward(const float* grad_residual, Product grad, const float* total, const float* inverse,
+                       const float* weight, int64_t tokens, int64_t n, Want want) {
   PARALLEL {
     Buffer buffer(n);
     float* row = buffer.data();
@@ -336,8 +336,8 @@ void add_layer_norm(const float* residual, Product product, const float* weight,
   }
 }
 
-void layer_norm_backward(const float* grad_residual, Product grad, const float* total, const float* mean, const float* inverse,
-                         const float* weight, int64_t tokens, int64_t n, Want want) {
+void layer_norm_backward(const float* grad_residual, Product grad, const float* total, const float* mean,
+                         const float* inverse, const float* weight, int64_t tokens, int64_t n, Want want) {
   PARALLEL {
     Buffer buffer(n);
     float* row = buffer.data();

@@ -1,0 +1,73 @@
+"""Where a training step of Trimtab goes: each kernel, the matrix products of frozen weights, and the rest.
+
+python benchmarks/step_parts.py --precision int8
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from contenders import TrimtabContender, make_study
+from trimtab.data import prepare_data
+from trimtab.engine.fused import native
+from trimtab.engine.fused.linears import LinearGroup
+from trimtab.models import quiet_libraries
+from trimtab.progress import Silent
+from trimtab.tasks.classification import classification_loss
+
+STEPS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="starter:smollm2-135m")
+    parser.add_argument("--precision", choices=["float32", "int8"], default="float32")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    arguments.seed, arguments.contender = 0, "trimtab-int8" if arguments.precision == "int8" else "trimtab"
+    study = make_study(arguments)
+    contender = TrimtabContender(study, prepare_data(study, Silent()))
+    contender.attach()
+    seconds: Counter[str] = Counter()
+
+    def timed(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*given, **named)
+            finally:
+                seconds[name(*given)] += time.perf_counter() - started
+
+        return run
+
+    native._call = timed(lambda name, *_: f"kernel {name}", native._call)
+    for method in ("forward", "backward"):
+        wrapped = timed(lambda *_, m=method: f"linears {m}, LoRA's kernels included", getattr(LinearGroup, method))
+        setattr(LinearGroup, method, wrapped)
+
+    def step(number: int) -> None:
+        batch = contender.plan[number]
+        contender.state.optimizer.zero_grad()
+        classification_loss(contender.scorer.choice.forward(batch), batch.labels).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(list(contender.state.parameters.values()), 1.0)
+        contender.state.optimizer.step()
+
+    for number in range(3):
+        step(number)
+    seconds.clear()
+    started = time.perf_counter()
+    for number in range(3, 3 + STEPS):
+        step(number)
+    print(f"step: {(time.perf_counter() - started) / STEPS * 1e3:.0f} ms")
+    for name, spent in seconds.most_common():
+        print(f"{spent / STEPS * 1e3:8.1f} ms  {name}")
+
+
+if __name__ == "__main__":
+    main()
