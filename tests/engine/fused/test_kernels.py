@@ -1,10 +1,22 @@
-"""Each compiled kernel against its plain twin, on float32 and on quantised products."""
+"""Each compiled kernel against its plain twin, in float32 and int8."""
 
 import pytest
 import torch
 
 from trimtab.engine.fused import native, plain
-from trimtab.engine.fused.formats import Heads, HeadShape, Product, Rotary, Rows, Want, draw_masks
+from trimtab.engine.fused.formats import (
+    INT8_OFFSET,
+    Adapter,
+    Heads,
+    HeadShape,
+    LowRank,
+    Rotary,
+    Rows,
+    Want,
+    Weight,
+    draw_masks,
+    quantise_weight,
+)
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: models keep their own forward")
 
@@ -13,21 +25,17 @@ SHAPE = HeadShape(2, 1, 6)  # 24 columns
 
 
 class Draw:
-    """Random inputs of kernels, in float32 or as quantised products."""
+    """Random inputs of kernels."""
 
-    def __init__(self, quantised):
+    def __init__(self, quantised=False):
         self.quantised = quantised
         self.generator = torch.Generator().manual_seed(3)
 
     def values(self, *shape):
         return torch.randn(*shape, generator=self.generator)
 
-    def product(self, columns=WIDTH, plain_columns=False):
-        if not self.quantised:
-            return Product(self.values(TOKENS, columns), bias=self.values(columns))
-        integers = torch.randint(-9000, 9000, (TOKENS, columns), dtype=torch.int32, generator=self.generator)
-        scale = None if plain_columns else self.values(columns).abs() + 0.1
-        return Product(integers, self.values(TOKENS, 1).abs() / 5000, scale, None, self.values(TOKENS, columns))
+    def rows(self, columns=WIDTH):
+        return self.values(TOKENS, columns)
 
     def want(self, columns=WIDTH):
         return Want(True, self.quantised, self.values(columns).abs() + 0.1 if self.quantised else None)
@@ -38,29 +46,20 @@ def rotary(draw):
 
 
 CASES = {
-    "rows_of": lambda d: (d.values(TOKENS, WIDTH), d.want()),
-    "add_product": lambda d: (d.values(TOKENS, WIDTH), d.product()),
-    "add_product, alone": lambda d: (None, d.product()),
-    "add_rms_norm": lambda d: (d.values(TOKENS, WIDTH), d.product(), d.values(WIDTH), 1e-5, d.want()),
-    "add_rms_norm, first": lambda d: (d.values(TOKENS, WIDTH), None, d.values(WIDTH), 1e-5, d.want()),
+    "rows_of": lambda d: (d.rows(), d.want()),
+    "rms_norm": lambda d: (d.rows(), d.values(WIDTH), 1e-5, d.want()),
     "rms_norm_backward": lambda d: (
-        d.values(TOKENS, WIDTH), d.product(plain_columns=True), d.values(TOKENS, WIDTH),
-        d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
-    "add_layer_norm": lambda d: (
-        d.values(TOKENS, WIDTH), d.product(), d.values(WIDTH), d.values(WIDTH), 1e-12, d.want()),
+        d.rows(), d.rows(), d.rows(), d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
+    "layer_norm": lambda d: (d.rows(), d.values(WIDTH), d.values(WIDTH), 1e-12, d.want()),
     "layer_norm_backward": lambda d: (
-        d.values(TOKENS, WIDTH), d.product(plain_columns=True), d.values(TOKENS, WIDTH),
-        d.values(TOKENS, 1), d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
-    "layer_norm_backward, last": lambda d: (
-        d.values(TOKENS, WIDTH), None, d.values(TOKENS, WIDTH), d.values(TOKENS, 1),
-        d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
-    "swiglu": lambda d: (d.product(2 * WIDTH), d.want()),
-    "swiglu_backward": lambda d: (d.product(plain_columns=True), d.product(2 * WIDTH), d.want(2 * WIDTH)),
-    "gelu": lambda d: (d.product(), d.want()),
-    "gelu_backward": lambda d: (d.product(plain_columns=True), d.product(), d.want()),
-    "rotate_heads": lambda d: (d.product(), rotary(d), SHAPE),
-    "rotate_heads, no rotary": lambda d: (d.product(), None, SHAPE),
-    "rotate_heads_backward": lambda d: (d.values(TOKENS, WIDTH), rotary(d), SHAPE, d.want()),
+        d.rows(), d.rows(), d.values(TOKENS, 1), d.values(TOKENS, 1).abs(), d.values(WIDTH), d.want()),
+    "swiglu": lambda d: (d.rows(2 * WIDTH), d.want()),
+    "swiglu_backward": lambda d: (d.rows(), d.rows(2 * WIDTH), d.want(2 * WIDTH)),
+    "gelu": lambda d: (d.rows(), d.want()),
+    "gelu_backward": lambda d: (d.rows(), d.rows(), d.want()),
+    "rotate_heads": lambda d: (d.rows(), rotary(d), SHAPE),
+    "rotate_heads, no rotary": lambda d: (d.rows(), None, SHAPE),
+    "rotate_heads_backward": lambda d: (d.rows(), rotary(d), SHAPE, d.want()),
 }  # fmt: skip
 
 
@@ -68,9 +67,10 @@ def flatten(result):
     if isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, Rows) and result.quantised is not None:  # rounding may fall on either side of a half
-        assert result.quantised.dtype == torch.int8
-        assert result.quantised.abs().max() == 127
-        return [result.values, result.scale, result.quantised * result.scale]
+        assert result.quantised.dtype == torch.uint8
+        integers = result.quantised.float() - INT8_OFFSET
+        assert integers.abs().max() == 127
+        return [result.values, result.scale, integers * result.scale]
     return [tensor for part in result if part is not None for tensor in flatten(part)]
 
 
@@ -78,12 +78,42 @@ def flatten(result):
 @pytest.mark.parametrize("case", CASES)
 def test_a_kernel_gives_what_its_plain_twin_gives(case, quantised):
     name = case.partition(",")[0]
-    arguments = CASES[case](Draw(quantised))
-    ours, theirs = (flatten(getattr(kernels, name)(*arguments)) for kernels in (native, plain))
+    ours, theirs = (flatten(getattr(kernels, name)(*CASES[case](Draw(quantised)))) for kernels in (native, plain))
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, atol=2e-6 * float(b.abs().max()) + (0.02 if quantised else 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "inputs"),
+    [(1, 4, 4), (5, 64, 64), (7, 40, 132), (23, 200, 100), (61, 128, 1600), (397, 960, 576)],
+)
+def test_a_product_gives_what_its_plain_twin_gives(tokens, columns, inputs, precision):
+    draw = Draw()
+    values = draw.values(columns, inputs)
+    int8 = quantise_weight(values) if precision == "int8" else None
+    bias, low_rank = draw.values(columns), LowRank(draw.values(tokens, 11), draw.values(11, columns))
+    forward = plain.rows_of(draw.values(tokens, inputs), Want(True, True))
+    backward = plain.rows_of(draw.values(tokens, columns), Want(True, True, int8 and int8.column_scale))
+    results = []
+    for kernels in (native, plain):
+        weight = Weight(values, kernels.lay_out(values), int8)
+        results.append([
+            kernels.linear(forward, weight),
+            kernels.linear(forward, weight, bias, low_rank, forward.values @ values.t()),
+            kernels.linear_backward(backward, weight),
+            kernels.linear_backward(backward, weight, backward.values @ values),
+        ])  # fmt: skip
+    for ours, theirs in zip(*results, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, atol=3e-6 * float(theirs.abs().max()), rtol=1e-5)
+
+
+def test_int8_takes_multiples_of_four():
+    with pytest.raises(ValueError, match=r"multiples of 4, not a weight of \(6, 8\)"):
+        quantise_weight(torch.ones(6, 8))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -94,7 +124,7 @@ def test_attention_gives_what_its_plain_twin_gives(query, key_value, dim, window
     heads = Heads(shape, 0.3, causal, window)
     lengths = [1, 1, 5, 16, 17, 96, 97, 200]
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    draw = Draw(False)
+    draw = Draw()
     projected = draw.values(sum(lengths), (query + 2 * key_value) * dim)
     grad = draw.values(sum(lengths), query * dim)
     results = []
@@ -108,7 +138,7 @@ def test_attention_gives_what_its_plain_twin_gives(query, key_value, dim, window
 def test_activations_are_exact_far_from_zero():
     x = torch.linspace(-100, 100, 24 * 7).view(7, 24)
     for name in ("gelu", "swiglu"):
-        ours, theirs = (getattr(kernels, name)(Product(x), Want(True, False)).values for kernels in (native, plain))
+        ours, theirs = (getattr(kernels, name)(x, Want(True, False)).values for kernels in (native, plain))
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
@@ -120,27 +150,43 @@ def test_what_is_not_finite_is_not_hidden_by_rounding():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("adapters", "rank", "columns"), [(1, 8, 32), (2, 8, 24), (3, 5, 7), (2, 32, 100)])
-def test_lora_gives_what_its_plain_twin_gives(adapters, rank, columns, dropout):
-    draw = Draw(False)
+@pytest.mark.parametrize(
+    ("spans", "rank", "columns"),
+    [
+        ([(0, 32)], 8, 32),
+        ([(0, 16), (24, 40)], 8, 24),
+        ([(0, 4), (5, 9), (9, 20)], 5, 7),
+        ([(0, 64), (64, 100)], 32, 100),
+    ],
+)
+def test_lora_gives_what_its_plain_twin_gives(spans, rank, columns, dropout):
+    draw = Draw()
     masks = draw_masks(dropout)
-    values, lora_a = draw.values(61, columns), draw.values(adapters * rank, columns)
-    by_small = draw.values(61, adapters * rank)
-    for ours, theirs in zip(*(
-        (kernels.lora_forward(values, lora_a, adapters, masks),
-         *kernels.lora_backward(values, lora_a, adapters, by_small, masks, True))
-        for kernels in (native, plain)
-    ), strict=True):  # fmt: skip
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
-    assert native.lora_backward(values, lora_a, adapters, by_small, masks, False)[1] is None
+    values, addend, grad = draw.values(61, columns), draw.values(61, columns), draw.values(61, spans[-1][1] + 3)
+    adapters = [
+        Adapter(start, stop, draw.values(rank, columns), draw.values(stop - start, rank), 0.5 + start, dropout)
+        for start, stop in spans
+    ]
+    results = []
+    for kernels in (native, plain):
+        low_rank = kernels.lora_forward(values, adapters, grad.shape[1], masks)
+        given = (values, adapters, low_rank, masks, grad)
+        found, delta = kernels.lora_backward(*given, True)
+        results.append([*low_rank, *found, delta, kernels.lora_backward(*given, True, addend)[1]])
+        assert kernels.lora_backward(*given, False)[1] is None
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3e-6 * float(theirs.abs().max()), rtol=1e-5)
 
 
 def test_masks_drop_at_their_rate_and_follow_the_seed():
     def draw():
         """Masks [tokens, adapters, columns], seen through an A that picks single columns."""
         torch.manual_seed(5)
-        ones, picks = torch.ones(501, 333), torch.eye(333).repeat(3, 1)
-        return [native.lora_forward(ones, picks, 3, draw_masks(0.2)).view(501, 3, 333).double() for _ in range(2)]
+        ones, adapter = torch.ones(501, 333), Adapter(0, 4, torch.eye(333), torch.ones(4, 333), 1.0, 0.2)
+        return [
+            native.lora_forward(ones, [adapter] * 3, 4, draw_masks(0.2)).small.view(501, 3, 333).double()
+            for _ in range(2)
+        ]
 
     first, second = draw()
     assert set(first.unique().tolist()) == {0.0, 1.0}

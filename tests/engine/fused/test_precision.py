@@ -99,7 +99,7 @@ def test_groups_beyond_the_bound_stay_in_float32(case, monkeypatch):
     monkeypatch.setattr(precision, "OUTPUT_COSINE", bound)
     again = case.quantise()
     assert [error.output_cosine for error in again] == [error.output_cosine for error in errors]
-    quantised = [group.quantised is not None for group in case.stack.groups]
+    quantised = [group.weight.int8 is not None for group in case.stack.groups]
     assert quantised == [error.output_cosine >= bound for error in errors]
     assert 0 < sum(quantised) < 8
     case.results()
@@ -108,7 +108,7 @@ def test_groups_beyond_the_bound_stay_in_float32(case, monkeypatch):
 def test_nothing_within_bounds_is_told_as_float32(case, monkeypatch):
     monkeypatch.setattr(precision, "OUTPUT_COSINE", 1.1)
     errors = case.quantise()
-    assert all(group.quantised is None for group in case.stack.groups)
+    assert all(group.weight.int8 is None for group in case.stack.groups)
     assert describe_precision(errors) == {"precision": "float32"}
 
 

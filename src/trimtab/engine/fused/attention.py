@@ -10,21 +10,21 @@ from trimtab.engine.fused.formats import Heads
 
 
 def attention_forward(projected: Tensor, starts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """What each text attends to, and the logarithm of each softmax's sum.
+    """What each text attends to, and what the backward needs of each softmax.
 
     Args:
         projected: [tokens, (heads + 2 key heads) x dim], rotated.
         starts: first token of each text, then the number of tokens.
 
     Returns:
-        [tokens, heads x dim], and [tokens, heads].
+        [tokens, heads x dim], and [tokens, heads, 2].
     """
-    sums = projected.new_zeros(len(projected), heads.shape.query)  # the backward here does without them
+    sums = projected.new_zeros(len(projected), heads.shape.query, 2)  # the backward here does without them
     return torch.cat([_attend(text, heads) for text in _texts(projected, starts)]), sums
 
 
 def attention_backward(
-    grad: Tensor, projected: Tensor, attended: Tensor, log_sums: Tensor, starts: Tensor, heads: Heads
+    grad: Tensor, projected: Tensor, attended: Tensor, sums: Tensor, starts: Tensor, heads: Heads
 ) -> Tensor:
     """Gradient of `projected` from that of what was attended."""
     found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""How rows travel between matrix products and the kernels that stand between those."""
+"""How rows and frozen weights lie in memory between matrix products and the kernels around those."""
 
 from __future__ import annotations
 
@@ -6,30 +6,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trimtab.engine.lora import DROPOUT_LEVELS
 
-
-class Product(NamedTuple):
-    """A matrix product [tokens, columns]: values x row_scale x column_scale + bias + delta."""
-
-    values: Tensor
-    row_scale: Tensor | None = None  # [tokens, 1]; None where values are float32 already
-    column_scale: Tensor | None = None  # [columns]
-    bias: Tensor | None = None  # [columns]
-    delta: Tensor | None = None  # [tokens, columns], float32
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the values are the product, with nothing to apply or add."""
-        return all(part is None for part in self[1:])
+TILE = 64  # rows and columns of the squares in which the compiled kernels hold a weight
+INT8_OFFSET = 128  # added to int8, so that rows are unsigned, as the processor's products ask for
 
 
 class Rows(NamedTuple):
     """Rows [tokens, columns] on their way into a matrix product, in the formats that it asks for."""
 
     values: Tensor | None
-    quantised: Tensor | None = None  # int8, values ~ quantised x scale
+    quantised: Tensor | None = None  # uint8, values ~ (quantised - INT8_OFFSET) x scale
     scale: Tensor | None = None  # [tokens, 1]
 
 
@@ -39,6 +28,74 @@ class Want(NamedTuple):
     values: bool
     quantised: bool
     column_scale: Tensor | None = None
+
+
+class Weight(NamedTuple):
+    """A frozen weight [columns, inputs], and what the kernels compute from in float32 or in int8."""
+
+    values: Tensor
+    tiles: Tensor | None = None  # the values, as [columns / TILE, inputs / TILE, TILE, TILE]
+    int8: Int8Weight | None = None
+
+
+class Int8Weight(NamedTuple):
+    """values ~ int8 x column_scale; the one rounding serves both directions, laid out once for each."""
+
+    column_scale: Tensor  # [columns]
+    forward: Panels
+    backward: Panels
+
+
+class Panels(NamedTuple):
+    """int8 [columns, inner] as [columns / TILE, inner / 4, TILE, 4], and the sum of each column, padded."""
+
+    values: Tensor
+    sums: Tensor  # int32
+
+    @classmethod
+    def of(cls, integers: Tensor) -> Panels:
+        padded = F.pad(integers, (0, 0, 0, -len(integers) % TILE))
+        parts = padded.view(len(padded) // TILE, TILE, -1, 4)
+        return cls(parts.transpose(1, 2).contiguous(), padded.sum(1, dtype=torch.int32))
+
+
+def tile(values: Tensor) -> Tensor:
+    """`values` [columns, inputs] in squares, with zeros where these hang over."""
+    columns, inputs = values.shape
+    padded = F.pad(values, (0, -inputs % TILE, 0, -columns % TILE))
+    return padded.view(-(-columns // TILE), TILE, -1, TILE).transpose(1, 2).contiguous()
+
+
+def quantise_weight(values: Tensor) -> Int8Weight:
+    """One scale a column of the product, the rounding of LLM.int8() (Dettmers et al. 2022, section 2.1).
+
+    Raises:
+        ValueError: inputs or columns cannot be divided by 4.
+    """
+    if values.shape[0] % 4 or values.shape[1] % 4:
+        raise ValueError(f"int8 products take multiples of 4, not a weight of {tuple(values.shape)}")
+    scale = values.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127.0
+    integers = (values / scale).round_().to(torch.int8)
+    padded_scale = F.pad(scale.squeeze(1), (0, -len(scale) % TILE))
+    return Int8Weight(padded_scale[: len(scale)], Panels.of(integers), Panels.of(integers.t().contiguous()))
+
+
+class LowRank(NamedTuple):
+    """small [tokens, rank] b [rank, columns], which a product adds."""
+
+    small: Tensor
+    b: Tensor
+
+
+class Adapter(NamedTuple):
+    """The LoRA part of a product's columns `start` to `stop`: scaling dropout(x) a^T b^T is added."""
+
+    start: int
+    stop: int
+    a: Tensor  # [rank, inputs]
+    b: Tensor  # [stop - start, rank]
+    scaling: float
+    dropout: float
 
 
 class Masks(NamedTuple):

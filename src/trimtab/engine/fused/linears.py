@@ -12,21 +12,10 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from trimtab.engine.fused.formats import Masks, Product, Rows, Want, draw_masks
+from trimtab.engine.fused.formats import Adapter, LowRank, Masks, Rows, Want, Weight, draw_masks, quantise_weight
 
 # A module of kernels: `plain` or `native`.
 Kernels = ModuleType
-
-
-class Adapter(NamedTuple):
-    """The LoRA part of the columns `start` to `stop` of a group."""
-
-    start: int
-    stop: int
-    lora_a: nn.Parameter
-    lora_b: nn.Parameter
-    scaling: float
-    dropout: float
 
 
 class Kept(NamedTuple):
@@ -34,10 +23,8 @@ class Kept(NamedTuple):
 
     adapters: tuple[Adapter, ...]
     inputs: Tensor
-    small: Tensor
+    low_rank: LowRank
     masks: Masks
-    lora_a: Tensor
-    lora_b: Tensor  # with all scales applied
 
 
 class NotPlainError(Exception):
@@ -48,24 +35,23 @@ class LinearGroup:
     """y = x W^T + b (+ LoRA): the weights [columns, inputs] of several layers on top of each other.
 
     The layers are the children `names` of `parent`, looked up again whenever adapters change. Their
-    own weights become views of the group's, so nothing is held twice.
+    own weights become views of the group's.
     """
 
-    def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
-        self.parent, self.names = parent, names
+    def __init__(self, parent: nn.Module, names: Sequence[str], kernels: Kernels) -> None:
+        self.parent, self.names, self.kernels = parent, names, kernels
         bases = [_base_of(getattr(parent, name)) for name in names]
         if len({base.bias is None for base in bases}) > 1:
             raise AttributeError(f"only some of {', '.join(names)} have a bias")
         weights = [base.weight.detach() for base in bases]
-        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        values = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.stops = list(accumulate(map(len, weights)))
         if len(bases) > 1:
-            for base, part in zip(bases, self.weight.split(list(map(len, weights))), strict=True):
+            for base, part in zip(bases, values.split(list(map(len, weights))), strict=True):
                 base.weight = nn.Parameter(part, requires_grad=False)
         biases = [base.bias for base in bases]
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self.quantised: Tensor | None = None
-        self.column_scale: Tensor | None = None
+        self.weight = Weight(values, kernels.lay_out(values))
         self.adapters: tuple[Adapter, ...] = ()
 
     @property
@@ -75,14 +61,13 @@ class LinearGroup:
     def quantise(self) -> None:
         """Compute with int8 from now on: the weight has one scale a column of the product, rows one each.
 
-        The one copy serves both directions: the input's gradient folds the scales into its rows.
+        Raises:
+            ValueError: the weight's sides cannot be divided by 4.
         """
-        scale = self.weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127.0
-        self.quantised = (self.weight / scale).round_().to(torch.int8)
-        self.column_scale = scale.squeeze(1)
+        self.weight = self.weight._replace(int8=quantise_weight(self.weight.values))
 
     def use_float32(self) -> None:
-        self.quantised = self.column_scale = None
+        self.weight = self.weight._replace(int8=None)
 
     def find_adapters(self) -> None:
         """Read the LoRA parts that peft has put around the layers, as they stand.
@@ -94,97 +79,61 @@ class LinearGroup:
         start = 0
         for name, stop in zip(self.names, self.stops, strict=True):
             layer = getattr(self.parent, name)
-            if _base_of(layer).weight.data_ptr() != self.weight[start:].data_ptr():
+            if _base_of(layer).weight.data_ptr() != self.weight.values[start:].data_ptr():
                 raise NotPlainError  # someone gave the layer another weight
-            adapter = _adapter_of(layer, start, stop, self.quantised is not None)
+            adapter = _adapter_of(layer, start, stop)
             if adapter is not None:
                 adapters.append(adapter)
             start = stop
-        if len({(adapter.dropout, len(adapter.lora_a)) for adapter in adapters}) > 1:
+        if len({(adapter.dropout, len(adapter.a)) for adapter in adapters}) > 1:
             raise NotPlainError
         self.adapters = tuple(adapters)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for adapter in self.adapters for parameter in (adapter.lora_a, adapter.lora_b)]
+    def parameters(self) -> list[Tensor]:
+        return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
 
     @property
     def wants(self) -> Want:
         """Formats of the input that the forward reads."""
-        return Want(self.quantised is None or bool(self.adapters), self.quantised is not None)
+        return Want(self.weight.int8 is None or bool(self.adapters), self.weight.int8 is not None)
 
     @property
     def wants_gradient(self) -> Want:
         """Formats of the output's gradient that the backward reads."""
-        return Want(self.quantised is None or bool(self.adapters), self.quantised is not None, self.column_scale)
+        if self.weight.int8 is None:
+            return Want(True, False)
+        return Want(bool(self.adapters), True, self.weight.int8.column_scale)
 
-    def forward(self, rows: Rows, kernels: Kernels) -> tuple[Product, Kept | None]:
-        kept = self._adapt(rows.values, kernels) if self.adapters and rows.values is not None else None
-        if self.quantised is None:
-            assert rows.values is not None
-            values = rows.values @ self.weight.t()
-            if kept is not None:
-                values.addmm_(kept.small, kept.lora_b)
-            return Product(values, bias=self.bias), kept
-        assert rows.quantised is not None
-        values = torch._int_mm(rows.quantised, self.quantised.t())
-        delta = None if kept is None else kept.small @ kept.lora_b
-        return Product(values, rows.scale, self.column_scale, self.bias, delta), kept
+    def forward(self, rows: Rows, addend: Tensor | None = None) -> tuple[Tensor, Kept | None]:
+        """The product + addend."""
+        kept = self._adapt(rows.values) if self.adapters and rows.values is not None else None
+        low_rank = None if kept is None else kept.low_rank
+        return self.kernels.linear(rows, self.weight, self.bias, low_rank, addend), kept
 
-    def _adapt(self, values: Tensor, kernels: Kernels) -> Kept:
-        """Every adapter's inner product, and B as a matrix over all columns of the group."""
+    def _adapt(self, values: Tensor) -> Kept:
         masks = draw_masks(self.adapters[0].dropout)
-        lora_a = torch.cat([adapter.lora_a.detach() for adapter in self.adapters])
-        lora_b = values.new_zeros(len(lora_a), len(self.weight))
-        for part, adapter in zip(lora_b.view(len(self.adapters), -1, len(self.weight)), self.adapters, strict=True):
-            torch.mul(
-                adapter.lora_b.detach().t(), adapter.scaling * masks.scale, out=part[:, adapter.start : adapter.stop]
-            )
-        return Kept(
-            self.adapters,
-            values,
-            kernels.lora_forward(values, lora_a, len(self.adapters), masks),
-            masks,
-            lora_a,
-            lora_b,
-        )
+        low_rank = self.kernels.lora_forward(values, self.adapters, len(self.weight.values), masks)
+        return Kept(self.adapters, values, low_rank, masks)
 
     def backward(
-        self, grad: Rows, kept: Kept | None, needs_input: bool, kernels: Kernels
-    ) -> tuple[Product | None, list[Tensor]]:
-        """Gradients of the input and of the adapters' parameters, in `parameters`' order."""
+        self, grad: Rows, kept: Kept | None, needs_input: bool = True, addend: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of the input, + addend, and of the adapters' parameters, in `parameters`' order."""
         found: list[Tensor] = []
-        delta = None
         if kept is not None:
-            assert grad.values is not None
-            by_small = grad.values @ kept.lora_b.t()
-            by_a, delta = kernels.lora_backward(
-                kept.inputs, kept.lora_a, len(kept.adapters), by_small, kept.masks, needs_input
+            adapters, inputs, low_rank, masks = kept
+            found, addend = self.kernels.lora_backward(
+                inputs, adapters, low_rank, masks, grad.values, needs_input, addend
             )
-            found = _by_adapter(kept, by_a, kept.small.t() @ grad.values)
-        if not needs_input:
-            return None, found
-        if self.quantised is None:
-            assert grad.values is not None
-            return Product(grad.values @ self.weight, delta=delta), found
-        assert grad.quantised is not None
-        return Product(torch._int_mm(grad.quantised, self.quantised), grad.scale, delta=delta), found
-
-
-def _by_adapter(kept: Kept, by_a: Tensor, by_b: Tensor) -> list[Tensor]:
-    """Each adapter's A and B from the gradients of all."""
-    count = len(kept.adapters)
-    found = []
-    for adapter, a, b in zip(kept.adapters, by_a.chunk(count), by_b.chunk(count), strict=True):
-        found += [a, b[:, adapter.start : adapter.stop].t() * (adapter.scaling * kept.masks.scale)]
-    return found
+        return (self.kernels.linear_backward(grad, self.weight, addend) if needs_input else None), found
 
 
 def _base_of(layer: Any) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _adapter_of(layer: Any, start: int, stop: int, quantised: bool) -> Adapter | None:
+def _adapter_of(layer: Any, start: int, stop: int) -> Adapter | None:
     """The LoRA part of `layer`; None where it has none, or has it switched off or merged."""
     if not isinstance(layer, BaseTunerLayer):
         if any(parameter.requires_grad for parameter in layer.parameters()):
@@ -192,9 +141,9 @@ def _adapter_of(layer: Any, start: int, stop: int, quantised: bool) -> Adapter |
         return None
     if not isinstance(layer, PeftLinear) or layer.lora_variant or len(layer.active_adapters) > 1:
         raise NotPlainError
-    if layer.merged and quantised:  # the int8 copy does not follow a merge
+    if layer.merged:  # the copies that the kernels read do not follow a merge
         raise NotPlainError
-    if layer.disable_adapters or layer.merged or not layer.active_adapters:
+    if layer.disable_adapters or not layer.active_adapters:
         return None
     name = layer.active_adapters[0]
     if name not in layer.lora_A:

@@ -1,4 +1,4 @@
-"""`kernels.cpp`, built once for this processor and called on tensors; `plain` has the same functions.
+"""The C++ of `kernels/`, built once for this processor and called on tensors; `plain` has the same functions.
 
 The library lies in Trimtab's cache folder, named by a hash of source, flags and processor.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trimtab.cache import cache_folder
-from trimtab.engine.fused.formats import Heads, HeadShape, Masks, Product, Rotary, Rows, Want
+from trimtab.engine.fused.formats import Adapter, Heads, HeadShape, LowRank, Masks, Rotary, Rows, Want, Weight, tile
 
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno",
           "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]  # fmt: skip
@@ -31,12 +31,27 @@ if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")
 
 
-class _Product(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in Product._fields]
-
-
 class _Want(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("values", "quantised", "scale", "column_scale")]
+
+
+class _Adapter(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("start", "stop")),
+        *((name, ctypes.c_void_p) for name in ("by_a", "by_b")),
+    ]
+
+
+class _Extra(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("addend", "bias", "small", "lora_b")), ("rank", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, addend: Tensor | None, bias: Tensor | None = None, low_rank: LowRank | None = None) -> _Extra:
+        small, b = low_rank or (None, None)
+        pointers = (None if part is None else part.data_ptr() for part in (addend, bias, small, b))
+        return cls(*pointers, 0 if b is None else len(b))
 
 
 def is_available() -> bool:
@@ -49,15 +64,17 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, built where it is not there yet; None where that cannot be done."""
     if platform.system() != "Linux":
         return None
-    source = resources.files("trimtab.engine.fused").joinpath("kernels.cpp").read_bytes()
-    key = hashlib.sha256(b"\0".join([source, *map(str.encode, (*_FLAGS, _processor()))])).hexdigest()[:16]
+    folder = resources.files("trimtab.engine.fused").joinpath("kernels")
+    sources = {file.name: file.read_bytes() for file in sorted(folder.iterdir(), key=lambda file: file.name)}
+    named = [part for name, code in sources.items() for part in (name.encode(), code)]
+    key = hashlib.sha256(b"\0".join([*named, *map(str.encode, (*_FLAGS, _processor()))])).hexdigest()[:16]
     path = cache_folder() / "kernels" / f"{key}.so"
     try:
         return ctypes.CDLL(str(path))
     except OSError:
         pass  # not there yet, or no longer fit for this system
     try:
-        _build(source, path)
+        _build(sources, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
@@ -72,13 +89,15 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _build(source: bytes, path: Path) -> None:
+def _build(sources: dict[str, bytes], path: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "c++"]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        code, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        code.write_bytes(source)
-        subprocess.run([*compiler, *_FLAGS, str(code), "-o", str(built)], check=True, capture_output=True, timeout=120)
+        for name, code in sources.items():
+            (Path(folder) / name).write_bytes(code)
+        built = Path(folder) / "kernels.so"
+        parts = [str(Path(folder) / name) for name in sources if name.endswith(".cpp")]
+        subprocess.run([*compiler, *_FLAGS, *parts, "-o", str(built)], check=True, capture_output=True, timeout=120)
         built.replace(path)
 
 
@@ -89,12 +108,8 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _as_c(argument: Any) -> Any:
-    if argument is None:
-        return None
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, Product):
-        return _Product(*(None if part is None else part.data_ptr() for part in argument))
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
     return ctypes.c_float(argument) if isinstance(argument, float) else argument
@@ -109,7 +124,7 @@ def _output(shape: Sequence[int], want: Want) -> tuple[Rows, _Want]:
     values = _empty(tokens, columns) if want.values else None
     quantised = scale = None
     if want.quantised:
-        quantised, scale = torch.empty(tokens, columns, dtype=torch.int8), _empty(tokens, 1)
+        quantised, scale = torch.empty(tokens, columns, dtype=torch.uint8), _empty(tokens, 1)
     pointers = (None if part is None else part.data_ptr() for part in (values, quantised, scale, want.column_scale))
     return Rows(values, quantised, scale), _Want(*pointers)
 
@@ -122,112 +137,140 @@ def rows_of(values: Tensor, want: Want) -> Rows:
     return rows
 
 
-def lora_forward(values: Tensor, lora_a: Tensor, adapters: int, masks: Masks) -> Tensor:
-    small = _empty(len(values), len(lora_a))
-    _call(
-        "lora_forward", values, lora_a, *masks, len(values), adapters, len(lora_a) // adapters, values.shape[1], small
-    )
-    return small
+def has_int8() -> bool:
+    """Whether this processor multiplies int8 by instructions made for it."""
+    found = library()
+    return found is not None and bool(found.has_int8())
 
 
-def lora_backward(
-    values: Tensor, lora_a: Tensor, adapters: int, by_small: Tensor, masks: Masks, needs_input: bool
-) -> tuple[Tensor, Tensor | None]:
-    by_a, delta = torch.empty_like(lora_a), torch.empty_like(values) if needs_input else None
-    _call("lora_backward", values, lora_a, by_small, *masks, len(values), adapters, len(lora_a) // adapters,
-          values.shape[1], by_a, delta)  # fmt: skip
-    return by_a, delta
+def lay_out(values: Tensor) -> Tensor:
+    """A weight [columns, inputs] as `linear` reads it."""
+    return tile(values)
 
 
-def add_product(residual: Tensor | None, product: Product) -> Tensor:
-    if residual is None and product.is_plain:
-        return product.values
-    out = _empty(*product.values.shape)
-    _call("add_product", residual, product, *out.shape, out)
+def linear(
+    rows: Rows,
+    weight: Weight,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    return _multiply(rows, weight, False, _Extra.of(addend, bias, low_rank))
+
+
+def linear_backward(rows: Rows, weight: Weight, addend: Tensor | None = None) -> Tensor:
+    return _multiply(rows, weight, True, _Extra.of(addend))
+
+
+def _multiply(rows: Rows, weight: Weight, backward: bool, extra: _Extra) -> Tensor:
+    inner, columns = weight.values.shape if backward else weight.values.shape[::-1]
+    if weight.int8 is None:
+        assert rows.values is not None
+        out = _empty(len(rows.values), columns)
+        _call("product", rows.values, weight.tiles, int(backward), len(out), columns, inner, extra, out)
+        return out
+    assert rows.quantised is not None
+    out = _empty(len(rows.quantised), columns)
+    scale: Tensor | None = weight.int8.column_scale
+    panels = weight.int8.forward
+    if backward:  # the scales of the weight's columns were folded into the rows
+        panels, scale = weight.int8.backward, None
+    _call("product_int8", rows.quantised, rows.scale, *panels, scale, len(out), columns, inner, extra, out)
     return out
 
 
-def add_rms_norm(
-    residual: Tensor, product: Product | None, weight: Tensor, eps: float, want: Want
-) -> tuple[Tensor, Tensor, Rows]:
-    tokens, columns = residual.shape
-    total = residual if product is None else torch.empty_like(residual)
-    inverse = _empty(tokens, 1)
-    rows, pointers = _output((tokens, columns), want)
-    given = _Product() if product is None else product
-    _call("add_rms_norm", residual, given, weight, eps, tokens, columns, total, inverse, pointers)
-    return total, inverse, rows
+def lora_forward(values: Tensor, adapters: Sequence[Adapter], columns: int, masks: Masks) -> LowRank:
+    rank, inputs = adapters[0].a.shape
+    all_ranks = rank * len(adapters)
+    small, b = _empty(len(values), all_ranks), _empty(all_ranks, columns)
+    parts = _parts(adapters, masks)
+    _call("lora_forward", values, parts, len(adapters), rank, inputs, columns, *masks, len(values), small, b)
+    return LowRank(small, b)
+
+
+def lora_backward(
+    values: Tensor, adapters: Sequence[Adapter], low_rank: LowRank, masks: Masks, grad: Tensor, needs_input: bool,
+    addend: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+    rank, inputs = adapters[0].a.shape
+    found = [torch.empty_like(part) for adapter in adapters for part in (adapter.a, adapter.b)]
+    delta = torch.empty_like(values) if needs_input else None
+    _call("lora_backward", values, _parts(adapters, masks, found), len(adapters), rank, inputs, grad.shape[1], *masks,
+          len(values), grad, low_rank.small, addend, delta)  # fmt: skip
+    return found, delta
+
+
+def _parts(adapters: Sequence[Adapter], masks: Masks, gradients: Sequence[Tensor] = ()) -> ctypes.Array[_Adapter]:
+    pointers: list[int | None] = [gradient.data_ptr() for gradient in gradients]
+    pointers = pointers or [None] * (2 * len(adapters))
+    parts = (
+        _Adapter(part.a.data_ptr(), part.b.data_ptr(), part.scaling * masks.scale, part.start, part.stop, by_a, by_b)
+        for part, by_a, by_b in zip(adapters, pointers[::2], pointers[1::2], strict=True)
+    )
+    return (_Adapter * len(adapters))(*parts)
+
+
+def rms_norm(values: Tensor, weight: Tensor, eps: float, want: Want) -> tuple[Tensor, Rows]:
+    inverse = _empty(len(values), 1)
+    rows, pointers = _output(values.shape, want)
+    _call("rms_norm", values, weight, eps, *values.shape, inverse, pointers)
+    return inverse, rows
 
 
 def rms_norm_backward(
-    grad_residual: Tensor,
-    grad: Product,
-    total: Tensor,
-    inverse: Tensor,
-    weight: Tensor,
-    want: Want,
+    grad_residual: Tensor, grad: Tensor, values: Tensor, inverse: Tensor, weight: Tensor, want: Want
 ) -> Rows:
-    rows, pointers = _output(total.shape, want)
-    _call("rms_norm_backward", grad_residual, grad, total, inverse, weight,
-          *total.shape, pointers)  # fmt: skip
+    rows, pointers = _output(values.shape, want)
+    _call("rms_norm_backward", grad_residual, grad, values, inverse, weight, *values.shape, pointers)
     return rows
 
 
-def add_layer_norm(
-    residual: Tensor, product: Product, weight: Tensor, bias: Tensor, eps: float, want: Want
-) -> tuple[Tensor, Tensor, Tensor, Rows]:
-    total, mean, inverse = torch.empty_like(residual), _empty(len(residual), 1), _empty(len(residual), 1)
-    rows, pointers = _output(residual.shape, want)
-    _call("add_layer_norm", residual, product, weight, bias, eps, *residual.shape, total, mean, inverse, pointers)
-    return total, mean, inverse, rows
+def layer_norm(values: Tensor, weight: Tensor, bias: Tensor, eps: float, want: Want) -> tuple[Tensor, Tensor, Rows]:
+    mean, inverse = _empty(len(values), 1), _empty(len(values), 1)
+    rows, pointers = _output(values.shape, want)
+    _call("layer_norm", values, weight, bias, eps, *values.shape, mean, inverse, pointers)
+    return mean, inverse, rows
 
 
 def layer_norm_backward(
-    grad_residual: Tensor,
-    grad: Product | None,
-    total: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    weight: Tensor,
-    want: Want,
+    grad: Tensor, values: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, want: Want
 ) -> Rows:
-    rows, pointers = _output(total.shape, want)
-    given = _Product() if grad is None else grad
-    _call("layer_norm_backward", grad_residual, given, total, mean, inverse, weight,
-          *total.shape, pointers)  # fmt: skip
+    rows, pointers = _output(values.shape, want)
+    _call("layer_norm_backward", grad, values, mean, inverse, weight, *values.shape, pointers)
     return rows
 
 
-def swiglu(gate_up: Product, want: Want) -> Rows:
-    tokens, columns = gate_up.values.shape
+def swiglu(gate_up: Tensor, want: Want) -> Rows:
+    tokens, columns = gate_up.shape
     rows, pointers = _output((tokens, columns // 2), want)
     _call("swiglu", gate_up, tokens, columns // 2, pointers)
     return rows
 
 
-def swiglu_backward(grad: Product, gate_up: Product, want: Want) -> Rows:
-    tokens, columns = gate_up.values.shape
+def swiglu_backward(grad: Tensor, gate_up: Tensor, want: Want) -> Rows:
+    tokens, columns = gate_up.shape
     rows, pointers = _output((tokens, columns), want)
     _call("swiglu_backward", grad, gate_up, tokens, columns // 2, pointers)
     return rows
 
 
-def gelu(inner: Product, want: Want) -> Rows:
-    rows, pointers = _output(inner.values.shape, want)
-    _call("gelu", inner, *inner.values.shape, pointers)
+def gelu(inner: Tensor, want: Want) -> Rows:
+    rows, pointers = _output(inner.shape, want)
+    _call("gelu", inner, *inner.shape, pointers)
     return rows
 
 
-def gelu_backward(grad: Product, inner: Product, want: Want) -> Rows:
-    rows, pointers = _output(inner.values.shape, want)
-    _call("gelu_backward", grad, inner, *inner.values.shape, pointers)
+def gelu_backward(grad: Tensor, inner: Tensor, want: Want) -> Rows:
+    rows, pointers = _output(inner.shape, want)
+    _call("gelu_backward", grad, inner, *inner.shape, pointers)
     return rows
 
 
-def rotate_heads(projected: Product, rotary: Rotary | None, shape: HeadShape) -> Tensor:
-    out = _empty(*projected.values.shape)
-    _call("rotate_heads", projected, *(rotary or (None, None)), len(out), *shape, out)
-    return out
+def rotate_heads(projected: Tensor, rotary: Rotary | None, shape: HeadShape) -> Tensor:
+    """In place."""
+    if rotary is not None:
+        _call("rotate_heads", projected, *rotary, len(projected), *shape)
+    return projected
 
 
 def rotate_heads_backward(grad: Tensor, rotary: Rotary | None, shape: HeadShape, want: Want) -> Rows:
@@ -238,16 +281,26 @@ def rotate_heads_backward(grad: Tensor, rotary: Rotary | None, shape: HeadShape,
 
 def attention_forward(projected: Tensor, starts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     shape = heads.shape
-    out, log_sums = _empty(len(projected), shape.query * shape.dim), _empty(len(projected), shape.query)
-    _call("attention_forward", projected, starts, len(starts) - 1, *shape, float(heads.scaling), int(heads.causal),
-          heads.window or 0, out, log_sums)  # fmt: skip
-    return out, log_sums
+    out, sums = _empty(len(projected), shape.query * shape.dim), _empty(len(projected), shape.query, 2)
+    _call("attention_forward", projected, starts, len(starts) - 1, *_of_heads(heads), out, sums)
+    return out, sums
 
 
 def attention_backward(
-    grad: Tensor, projected: Tensor, attended: Tensor, log_sums: Tensor, starts: Tensor, heads: Heads
+    grad: Tensor, projected: Tensor, attended: Tensor, sums: Tensor, starts: Tensor, heads: Heads
 ) -> Tensor:
     out = torch.empty_like(projected)
-    _call("attention_backward", grad, projected, attended, log_sums, starts, len(starts) - 1, *heads.shape,
-          float(heads.scaling), int(heads.causal), heads.window or 0, out)  # fmt: skip
+    _call("attention_backward", grad, projected, sums, starts, len(starts) - 1, *_of_heads(heads), out)
     return out
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in HeadShape._fields]
+
+
+class _Mask(ctypes.Structure):
+    _fields_ = [("causal", ctypes.c_int64), ("window", ctypes.c_int64)]
+
+
+def _of_heads(heads: Heads) -> tuple[_Shape, float, _Mask]:
+    return _Shape(*heads.shape), float(heads.scaling), _Mask(int(heads.causal), heads.window or 0)

@@ -1,9 +1,11 @@
-"""The plain twins of `kernels.cpp`, in torch: the reference that tests hold the kernels against.
+"""The plain twins of the C++ kernels, in torch: the reference that tests hold the kernels against.
 
-Each stands for one pass over memory between two matrix products. `native` has the same functions.
+Each stands for a matrix product, or for one pass over memory between two. `native` has the same functions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,18 +13,7 @@ from torch.nn import functional as F
 
 from trimtab.engine.fused.attention import attention_backward as attention_backward
 from trimtab.engine.fused.attention import attention_forward as attention_forward
-from trimtab.engine.fused.formats import HeadShape, Masks, Product, Rotary, Rows, Want
-
-
-def _value_of(product: Product) -> Tensor:
-    values = product.values
-    if product.row_scale is not None:
-        values = values.float() * product.row_scale
-        if product.column_scale is not None:
-            values = values * product.column_scale
-    if product.bias is not None:
-        values = values + product.bias
-    return values if product.delta is None else values + product.delta
+from trimtab.engine.fused.formats import INT8_OFFSET, Adapter, HeadShape, LowRank, Masks, Rotary, Rows, Want, Weight
 
 
 def _rows(values: Tensor, want: Want) -> Rows:
@@ -31,33 +22,46 @@ def _rows(values: Tensor, want: Want) -> Rows:
         return Rows(values)
     scaled = values if want.column_scale is None else values * want.column_scale
     largest = scaled.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    quantised = (scaled * (127.0 / largest)).round().to(torch.int8)
-    return Rows(values if want.values else None, quantised, largest * (1.0 / 127.0))
+    quantised = (scaled * (127.0 / largest)).round() + INT8_OFFSET
+    return Rows(values if want.values else None, quantised.to(torch.uint8), largest * (1.0 / 127.0))
 
 
 def rows_of(values: Tensor, want: Want) -> Rows:
     return _rows(values, want)
 
 
-def lora_forward(values: Tensor, lora_a: Tensor, adapters: int, masks: Masks) -> Tensor:
-    """[tokens, adapters x rank]: dropout(values) A^T, each adapter with a mask of its own, not scaled.
-
-    `lora_a` is [adapters x rank, columns].
-    """
-    masked = values.unsqueeze(1) * _keep(len(values), adapters, values.shape[1], masks)
-    return torch.einsum("tmi,mri->tmr", masked, lora_a.view(adapters, -1, values.shape[1])).flatten(1)
+def lora_forward(values: Tensor, adapters: Sequence[Adapter], columns: int, masks: Masks) -> LowRank:
+    """dropout(values) A^T of each adapter, with a mask of its own, and B over all columns, with all scales in it."""
+    keep = _keep(len(values), len(adapters), values.shape[1], masks)
+    small = [(values * keep[:, number]) @ adapter.a.t() for number, adapter in enumerate(adapters)]
+    wide = [F.pad(_scaled_b(part, masks).t(), (part.start, columns - part.stop)) for part in adapters]
+    return LowRank(torch.cat(small, 1), torch.cat(wide))
 
 
 def lora_backward(
-    values: Tensor, lora_a: Tensor, adapters: int, by_small: Tensor, masks: Masks, needs_input: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `lora_a` and, where needed, of `values`."""
-    keep = _keep(len(values), adapters, values.shape[1], masks)
-    grad = by_small.view(len(values), adapters, -1)
-    by_a = torch.einsum("tmr,tmi->mri", grad, values.unsqueeze(1) * keep).flatten(0, 1)
-    if not needs_input:
-        return by_a, None
-    return by_a, (torch.einsum("tmr,mri->tmi", grad, lora_a.view(adapters, -1, values.shape[1])) * keep).sum(1)
+    values: Tensor, adapters: Sequence[Adapter], low_rank: LowRank, masks: Masks, grad: Tensor, needs_input: bool,
+    addend: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+    """Gradients of each adapter's A and B and, where needed and with `addend` added, of `values`.
+
+    Args:
+        low_rank: what the forward gave.
+        grad: the gradient of the product [tokens, columns] to which that was added.
+    """
+    keep = _keep(len(values), len(adapters), values.shape[1], masks)
+    smalls = low_rank.small.chunk(len(adapters), 1)
+    found = []
+    delta = torch.zeros_like(values) if addend is None else addend
+    for number, (adapter, small) in enumerate(zip(adapters, smalls, strict=True)):
+        part = grad[:, adapter.start : adapter.stop]
+        by_small = part @ _scaled_b(adapter, masks)
+        found += [by_small.t() @ (values * keep[:, number]), part.t() @ small * (adapter.scaling * masks.scale)]
+        delta = delta + by_small @ adapter.a * keep[:, number]
+    return found, delta if needs_input else None
+
+
+def _scaled_b(adapter: Adapter, masks: Masks) -> Tensor:
+    return adapter.b * (adapter.scaling * masks.scale)
 
 
 def _keep(tokens: int, adapters: int, columns: int, masks: Masks) -> Tensor:
@@ -75,86 +79,103 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def add_product(residual: Tensor | None, product: Product) -> Tensor:
-    values = _value_of(product)
-    return values if residual is None else values + residual
+def lay_out(values: Tensor) -> None:
+    """A weight is read as it is."""
 
 
-def add_rms_norm(
-    residual: Tensor, product: Product | None, weight: Tensor, eps: float, want: Want
-) -> tuple[Tensor, Tensor, Rows]:
-    """residual + product, 1 / its root mean square [tokens, 1], and the normed rows."""
-    total = residual if product is None else residual + _value_of(product)
-    inverse = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    return total, inverse, _rows(total * inverse * weight, want)
+def linear(
+    rows: Rows,
+    weight: Weight,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """rows W^T + bias + low_rank + addend, in int8 where the weight has that."""
+    if weight.int8 is None:
+        assert rows.values is not None
+        out = rows.values @ weight.values.t()
+    else:
+        out = _multiply_int8(rows, _rounded(weight).t()) * weight.int8.column_scale
+    if low_rank is not None:
+        out = out + low_rank.small @ low_rank.b
+    return out + sum(part for part in (bias, addend) if part is not None)
+
+
+def linear_backward(rows: Rows, weight: Weight, addend: Tensor | None = None) -> Tensor:
+    """rows W + addend; in int8, the weight's scales are in the rows already."""
+    if weight.int8 is None:
+        assert rows.values is not None
+        out = rows.values @ weight.values
+    else:
+        out = _multiply_int8(rows, _rounded(weight))
+    return out if addend is None else out + addend
+
+
+def _multiply_int8(rows: Rows, integers: Tensor) -> Tensor:
+    assert rows.quantised is not None
+    assert rows.scale is not None
+    return ((rows.quantised.double() - INT8_OFFSET) @ integers).float() * rows.scale  # float64 sums them exactly
+
+
+def _rounded(weight: Weight) -> Tensor:
+    assert weight.int8 is not None
+    return (weight.values / weight.int8.column_scale.unsqueeze(1)).round().double()
+
+
+def rms_norm(values: Tensor, weight: Tensor, eps: float, want: Want) -> tuple[Tensor, Rows]:
+    """1 / the root mean square [tokens, 1], and the normed rows."""
+    inverse = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    return inverse, _rows(values * inverse * weight, want)
 
 
 def rms_norm_backward(
-    grad_residual: Tensor,
-    grad: Product,
-    total: Tensor,
-    inverse: Tensor,
-    weight: Tensor,
-    want: Want,
+    grad_residual: Tensor, grad: Tensor, values: Tensor, inverse: Tensor, weight: Tensor, want: Want
 ) -> Rows:
-    """Gradient of `total` from that of the normed rows and of the residual."""
-    normed = total * inverse
-    scaled = _value_of(grad) * weight
-    values = grad_residual + inverse * (scaled - normed * (normed * scaled).mean(-1, keepdim=True))
-    return _rows(values, want)
+    """Gradient of `values` from that of the normed rows and of the residual."""
+    normed = values * inverse
+    scaled = grad * weight
+    return _rows(grad_residual + inverse * (scaled - normed * (normed * scaled).mean(-1, keepdim=True)), want)
 
 
-def add_layer_norm(
-    residual: Tensor, product: Product, weight: Tensor, bias: Tensor, eps: float, want: Want
-) -> tuple[Tensor, Tensor, Tensor, Rows]:
-    """residual + product, its mean and 1 / its deviation [tokens, 1], and the normed rows."""
-    total = residual + _value_of(product)
-    mean = total.mean(-1, keepdim=True)
-    centred = total - mean
+def layer_norm(values: Tensor, weight: Tensor, bias: Tensor, eps: float, want: Want) -> tuple[Tensor, Tensor, Rows]:
+    """The mean and 1 / the deviation [tokens, 1], and the normed rows."""
+    mean = values.mean(-1, keepdim=True)
+    centred = values - mean
     inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return total, mean, inverse, _rows(centred * inverse * weight + bias, want)
+    return mean, inverse, _rows(centred * inverse * weight + bias, want)
 
 
 def layer_norm_backward(
-    grad_residual: Tensor,
-    grad: Product | None,
-    total: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    weight: Tensor,
-    want: Want,
+    grad: Tensor, values: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, want: Want
 ) -> Rows:
-    """Gradient of `total` from that of the normed rows: residual + product."""
-    normed = (total - mean) * inverse
-    values = grad_residual if grad is None else grad_residual + _value_of(grad)
-    scaled = values * weight
+    """Gradient of `values` from that of the normed rows."""
+    normed = (values - mean) * inverse
+    scaled = grad * weight
     values = inverse * (scaled - scaled.mean(-1, keepdim=True) - normed * (normed * scaled).mean(-1, keepdim=True))
     return _rows(values, want)
 
 
-def swiglu(gate_up: Product, want: Want) -> Rows:
+def swiglu(gate_up: Tensor, want: Want) -> Rows:
     """silu(gate) x up (Shazeer 2020); gate and up lie side by side."""
-    gate, up = _value_of(gate_up).chunk(2, -1)
+    gate, up = gate_up.chunk(2, -1)
     return _rows(gate * torch.sigmoid(gate) * up, want)
 
 
-def swiglu_backward(grad: Product, gate_up: Product, want: Want) -> Rows:
-    gate, up = _value_of(gate_up).chunk(2, -1)
+def swiglu_backward(grad: Tensor, gate_up: Tensor, want: Want) -> Rows:
+    gate, up = gate_up.chunk(2, -1)
     sigmoid = torch.sigmoid(gate)
-    value = _value_of(grad)
-    by_gate = value * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return _rows(torch.cat([by_gate, value * gate * sigmoid], -1), want)
+    by_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return _rows(torch.cat([by_gate, grad * gate * sigmoid], -1), want)
 
 
-def gelu(inner: Product, want: Want) -> Rows:
-    return _rows(F.gelu(_value_of(inner)), want)
+def gelu(inner: Tensor, want: Want) -> Rows:
+    return _rows(F.gelu(inner), want)
 
 
-def gelu_backward(grad: Product, inner: Product, want: Want) -> Rows:
-    x = _value_of(inner)
-    cumulative = 0.5 * (1 + torch.erf(x * 0.5**0.5))
-    density = torch.exp(-0.5 * x.square()) * 0.3989422804014327
-    return _rows(_value_of(grad) * (cumulative + x * density), want)
+def gelu_backward(grad: Tensor, inner: Tensor, want: Want) -> Rows:
+    cumulative = 0.5 * (1 + torch.erf(inner * 0.5**0.5))
+    density = torch.exp(-0.5 * inner.square()) * 0.3989422804014327
+    return _rows(grad * (cumulative + inner * density), want)
 
 
 def _rotate(heads: Tensor, rotary: Rotary, direction: int) -> Tensor:
@@ -164,9 +185,9 @@ def _rotate(heads: Tensor, rotary: Rotary, direction: int) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def rotate_heads(projected: Product, rotary: Rotary | None, shape: HeadShape) -> Tensor:
+def rotate_heads(projected: Tensor, rotary: Rotary | None, shape: HeadShape) -> Tensor:
     """Projected rows [tokens, heads x dim], their query and key heads rotated by position."""
-    return _rotate_all(_value_of(projected), rotary, shape, 1)
+    return _rotate_all(projected, rotary, shape, 1)
 
 
 def rotate_heads_backward(grad: Tensor, rotary: Rotary | None, shape: HeadShape, want: Want) -> Rows:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,13 +47,13 @@ class _Seen:
         group.forward = self._forward  # type: ignore[method-assign]
         group.backward = self._backward  # type: ignore[method-assign]
 
-    def _forward(self, rows: Rows, kernels: Any) -> Any:
+    def _forward(self, rows: Rows, addend: Tensor | None = None) -> Any:
         self.inputs = rows.values
-        return LinearGroup.forward(self.group, rows, kernels)
+        return LinearGroup.forward(self.group, rows, addend)
 
-    def _backward(self, grad: Rows, kept: Any, needs_input: bool, kernels: Any) -> Any:
+    def _backward(self, grad: Rows, kept: Any, needs_input: bool = True, addend: Tensor | None = None) -> Any:
         self.gradient = grad.values if needs_input else None
-        return LinearGroup.backward(self.group, grad, kept, needs_input, kernels)
+        return LinearGroup.backward(self.group, grad, kept, needs_input, addend)
 
     def forget(self) -> None:
         del self.group.forward, self.group.backward
@@ -78,23 +77,23 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupErro
     errors = []
     for (number, group), group_seen in zip(places, seen, strict=True):
         group.quantise()
-        errors.append(_measure(number, group, group_seen, stack.kernels))
+        errors.append(_measure(number, group, group_seen))
         if not errors[-1].is_within_bounds:
             group.use_float32()
     return errors
 
 
-def _measure(layer: int, group: LinearGroup, seen: _Seen, kernels: Any) -> GroupError:
+def _measure(layer: int, group: LinearGroup, seen: _Seen) -> GroupError:
     assert seen.inputs is not None
-    assert group.quantised is not None
-    assert group.column_scale is not None
-    rows = kernels.rows_of(seen.inputs, Want(False, True))
-    values = torch._int_mm(rows.quantised, group.quantised.t()) * rows.scale * group.column_scale
+    int8, kernels = group.weight, group.kernels
+    float32 = int8._replace(int8=None)
+    rows = kernels.rows_of(seen.inputs, Want(True, True))
+    output = _cosine(kernels.linear(rows, int8), kernels.linear(rows, float32))
     gradient = None
     if seen.gradient is not None:
-        rows = kernels.rows_of(seen.gradient, Want(False, True, group.column_scale))
-        gradient = _cosine(torch._int_mm(rows.quantised, group.quantised) * rows.scale, seen.gradient @ group.weight)
-    return GroupError(layer, group.name, _cosine(values, seen.inputs @ group.weight.t()), gradient)
+        rows = kernels.rows_of(seen.gradient, group.wants_gradient._replace(values=True))
+        gradient = _cosine(kernels.linear_backward(rows, int8), kernels.linear_backward(rows, float32))
+    return GroupError(layer, group.name, output, gradient)
 
 
 def _cosine(ours: Tensor, theirs: Tensor) -> float:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trimtab.engine.attention import Run
-from trimtab.engine.fused.formats import Heads, HeadShape, Rotary
-from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, Sum, total_of
+from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want
+from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, values_of
 from trimtab.engine.fused.linears import Kernels, NotPlainError
 
 
@@ -30,7 +30,7 @@ class LayerStack:
         self.kernels = kernels
         self.groups = [group for layer in layers for group in layer.groups]
         self.trained: int | None = None
-        self.parameters: list[nn.Parameter] = []
+        self.parameters: list[Tensor] = []
         self._checked: set[int] = set()  # the parameters with which all others were seen to be frozen
 
     def fits(self) -> bool:
@@ -73,7 +73,7 @@ class LayerStack:
         """States [tokens, hidden] after the last layer, of `rows` only where given."""
         lengths = [run.length for run in runs for _ in range(run.texts)]
         starts = torch.tensor([0, *accumulate(lengths)], device=states.device)
-        batch = Batch(self.kernels, starts, rotary, rows)
+        batch = Batch(starts, rotary, rows)
         if not (torch.is_grad_enabled() and self.parameters):
             with torch.no_grad():
                 return self.forward(states, batch, None)
@@ -81,27 +81,27 @@ class LayerStack:
         return result
 
     def forward(self, states: Tensor, batch: Batch, saved: list[Any] | None) -> Tensor:
-        state = Sum(states)
+        rows = self.kernels.rows_of(states, self.layers[0].wants)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            state, kept = layer.forward(state, batch, number == last)
+            want = Want(True, False) if number == last else self.layers[number + 1].wants
+            rows, kept = layer.forward(rows, batch, number == last, want)
             if saved is not None and self.trained is not None and number >= self.trained:
                 saved.append(kept)
             del kept
-        return total_of(state, batch.kernels)
+        return values_of(rows)
 
     def backward(self, grad: Tensor, batch: Batch, saved: list[Any]) -> list[Tensor]:
         """Gradients of the adapters' parameters; `saved` has an entry for each layer from the lowest adapted one up."""
-        state = Sum(grad.contiguous())
-        found: list[list[Tensor]] = []
         last = len(self.layers) - 1
         lowest = len(self.layers) - len(saved)
+        rows: Rows | None = self.kernels.rows_of(grad.contiguous(), self.layers[last].wants_gradient)
+        found: list[list[Tensor]] = []
         for number in range(last, lowest - 1, -1):
-            layer = self.layers[number]
-            below, gradients = layer.backward(state, saved[number - lowest], batch, number == last, number != lowest)
+            assert rows is not None
+            want = None if number == lowest else self.layers[number - 1].wants_gradient
+            rows, gradients = self.layers[number].backward(rows, saved.pop(), batch, number == last, want)
             found.append(gradients)
-            if below is not None:
-                state = below
         return [gradient for gradients in reversed(found) for gradient in gradients]
 
 
@@ -131,7 +131,7 @@ def build_stack(backbone: Any, kernels: Kernels) -> LayerStack | None:
             return None
         if any(parameter.dtype != torch.float32 for parameter in backbone.parameters()):
             return None
-        return LayerStack(backbone, [build(layer, backbone.config) for layer in layers], kernels)
+        return LayerStack(backbone, [build(layer, backbone.config, kernels) for layer in layers], kernels)
     except AttributeError:  # a part that the known builds have is not there
         return None
 
@@ -146,11 +146,11 @@ def _is_llama(layer: Any, config: Any) -> bool:
     )
 
 
-def _build_llama(layer: Any, config: Any) -> LlamaLayer:
+def _build_llama(layer: Any, config: Any, kernels: Kernels) -> LlamaLayer:
     attention = layer.self_attn
     window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     shape = HeadShape(config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
-    return LlamaLayer(layer, Heads(shape, attention.scaling, True, window))
+    return LlamaLayer(layer, Heads(shape, attention.scaling, True, window), kernels)
 
 
 def _is_bert(layer: Any, config: Any) -> bool:
@@ -164,9 +164,9 @@ def _is_bert(layer: Any, config: Any) -> bool:
     )
 
 
-def _build_bert(layer: Any, config: Any) -> BertLayer:
+def _build_bert(layer: Any, config: Any, kernels: Kernels) -> BertLayer:
     shape = HeadShape(config.num_attention_heads, config.num_attention_heads, layer.attention.self.attention_head_size)
-    return BertLayer(layer, Heads(shape, shape.dim**-0.5, False))
+    return BertLayer(layer, Heads(shape, shape.dim**-0.5, False), kernels)
 
 
 def _children(module: nn.Module) -> set[str]:

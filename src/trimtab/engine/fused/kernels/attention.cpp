@@ -1,0 +1,208 @@
+// Attention within the texts of a pack; the plain twin is attention.py.
+//
+// A job is one key head of one text. Scores lie transposed, [keys, queries of all heads that share those keys]: sums
+// and maxima over keys then run along vectors, never across them.
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t QUERIES = 96;  // at a time, over all heads of a job
+
+struct Shape {
+  int64_t heads, key_heads, dim;
+  int64_t width() const { return (heads + 2 * key_heads) * dim; }
+  int64_t groups() const { return heads / key_heads; }
+};
+
+// Which keys a query sees; window 0 is none.
+struct Mask {
+  int64_t causal, window;
+};
+
+// Rows of a matrix to multiply by: in place where whole vectors stay within a row, else copied.
+struct Right {
+  const float* values;
+  int64_t step;
+  Buffer copy;
+
+  void take(const float* from, int64_t from_step, int64_t rows, int64_t n) {
+    if (n % LANES) {
+      pack(from, from_step, rows, n, copy);
+      values = copy.data(), step = padded(n);
+    } else {
+      values = from, step = from_step;
+    }
+  }
+};
+
+// Some queries of all heads that share a key head, in the order of heads.
+struct Chunk {
+  int64_t first, rows, queries, width;  // the first query's place in its text; queries = heads x rows
+  int64_t step;                         // between rows of `turned`, with room for a vector that hangs over
+  Buffer turned;                        // [dim, step]
+  std::vector<int32_t> begin, end;      // [width]: the keys that each sees
+
+  void place(int64_t row, int64_t count, int64_t groups, int64_t length, Mask mask) {
+    first = row, rows = count, queries = groups * count, width = padded(queries), step = width + LANES;
+    begin.assign(width, 0), end.assign(width, 0);
+    for (int64_t c = 0; c < queries; c++) {
+      const int64_t query = row + c % count;
+      begin[c] = static_cast<int32_t>(mask.window ? std::max<int64_t>(query - mask.window + 1, 0) : 0);
+      const int64_t ahead = mask.window ? std::min(query + mask.window, length) : length;
+      end[c] = static_cast<int32_t>(mask.causal ? query + 1 : ahead);
+    }
+  }
+
+  // from: the first head's first row; heads lie `dim` apart.
+  void turn(const float* from, int64_t from_step, int64_t groups, int64_t dim, Buffer& to) const {
+    to.assign(dim * step, 0.0f);
+    for (int64_t h = 0; h < groups; h++) turn_rows(from + h * dim, from_step, rows, dim, to.data() + h * rows, step);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// projected: [tokens, (heads + 2 key_heads) dim]; texts [t] spans tokens starts[t] to starts[t + 1].
+// out: [tokens, heads dim]; sums: [tokens, heads, 2], the largest score and 1 / the sum of exponentials.
+void attention_forward(const float* projected, const int64_t* starts, int64_t texts, Shape shape, float scaling,
+                       Mask mask, float* out, float* sums) {
+  const int64_t width = shape.width(), groups = shape.groups(), dim = shape.dim, heads = shape.heads;
+  PARALLEL {
+    static thread_local Buffer scores, largest, inverse, attended;
+    static thread_local Right value;
+    static thread_local Chunk chunk;
+    _Pragma("omp for schedule(dynamic)") for (int64_t job = 0; job < texts * shape.key_heads; job++) {
+      const int64_t text = job / shape.key_heads, kv = job % shape.key_heads, start = starts[text];
+      const int64_t length = starts[text + 1] - start, at_once = std::max<int64_t>(QUERIES / groups, 1);
+      const float* key = projected + start * width + (heads + kv) * dim;
+      value.take(key + shape.key_heads * dim, width, length, dim);
+      for (int64_t row = 0; row < length; row += at_once) {
+        chunk.place(row, std::min(at_once, length - row), groups, length, mask);
+        const int64_t seen = mask.causal ? row + chunk.rows : length, n = chunk.width;
+        chunk.turn(projected + (start + row) * width + kv * groups * dim, width, groups, dim, chunk.turned);
+        scores.resize(seen * n);
+        multiply(seen, n, dim, key, width, 1, chunk.turned.data(), chunk.step, scores.data(), n, false);
+        largest.assign(n, -3.0e38f), inverse.assign(n, 0.0f);
+        float *most = largest.data(), *sum = inverse.data();
+        const int32_t *begin = chunk.begin.data(), *end = chunk.end.data();
+        for (int32_t j = 0; j < seen; j++) {
+          float* s = scores.data() + j * n;
+          for (int64_t c = 0; c < n; c++) {
+            const float score = j >= begin[c] && j < end[c] ? s[c] * scaling : -3.0e38f;
+            s[c] = score;
+            most[c] = score > most[c] ? score : most[c];
+          }
+        }
+        for (int32_t j = 0; j < seen; j++) {
+          float* s = scores.data() + j * n;
+          for (int64_t c = 0; c < n; c++) {
+            const float weight = exponential(s[c] - most[c]);
+            s[c] = j >= begin[c] && j < end[c] ? weight : 0.0f;
+            sum[c] += s[c];
+          }
+        }
+        for (int64_t c = 0; c < n; c++) sum[c] = 1.0f / sum[c];
+        for (int64_t j = 0; j < seen; j++)
+          for (int64_t c = 0; c < n; c++) scores[j * n + c] *= sum[c];
+        const int64_t columns = padded(dim);
+        for (int64_t h = 0; h < groups; h++) {
+          float* to = out + (start + row) * heads * dim + (kv * groups + h) * dim;
+          const float* weights = scores.data() + h * chunk.rows;
+          if (columns == dim) {
+            multiply(chunk.rows, dim, seen, weights, 1, n, value.values, value.step, to, heads * dim, false);
+          } else {
+            attended.resize(chunk.rows * columns);
+            multiply(chunk.rows, columns, seen, weights, 1, n, value.values, value.step, attended.data(), columns, false);
+            for (int64_t i = 0; i < chunk.rows; i++)
+              std::memcpy(to + i * heads * dim, attended.data() + i * columns, dim * sizeof(float));
+          }
+          for (int64_t i = 0; i < chunk.rows; i++) {
+            float* kept = sums + ((start + row + i) * heads + kv * groups + h) * 2;
+            kept[0] = most[h * chunk.rows + i], kept[1] = sum[h * chunk.rows + i];
+          }
+        }
+      }
+    }
+  }
+}
+
+// The gradient of `projected` (every element is written) from that of the forward's `out`.
+void attention_backward(const float* grad, const float* projected, const float* sums, const int64_t* starts,
+                        int64_t texts, Shape shape, float scaling, Mask mask, float* grad_projected) {
+  const int64_t width = shape.width(), groups = shape.groups(), dim = shape.dim, heads = shape.heads;
+  const int64_t columns = padded(dim);
+  PARALLEL {
+    static thread_local Buffer weights, by_scores, largest, inverse, along, turned_grad, q, g, by_query, by_key, by_value;
+    static thread_local Right right_key;
+    static thread_local Chunk chunk;
+    _Pragma("omp for schedule(dynamic)") for (int64_t job = 0; job < texts * shape.key_heads; job++) {
+      const int64_t text = job / shape.key_heads, kv = job % shape.key_heads, start = starts[text];
+      const int64_t length = starts[text + 1] - start, at_once = std::max<int64_t>(QUERIES / groups, 1);
+      const float* key = projected + start * width + (heads + kv) * dim;
+      const float* value = key + shape.key_heads * dim;
+      right_key.take(key, width, length, dim);
+      by_key.assign(length * columns, 0.0f), by_value.assign(length * columns, 0.0f);
+      for (int64_t row = 0; row < length; row += at_once) {
+        chunk.place(row, std::min(at_once, length - row), groups, length, mask);
+        const int64_t seen = mask.causal ? row + chunk.rows : length, n = chunk.width, rows = chunk.rows;
+        const float* query = projected + (start + row) * width + kv * groups * dim;
+        const float* by_out = grad + (start + row) * heads * dim + kv * groups * dim;
+        chunk.turn(query, width, groups, dim, chunk.turned);
+        chunk.turn(by_out, heads * dim, groups, dim, turned_grad);
+        q.assign(chunk.queries * columns, 0.0f), g.assign(chunk.queries * columns, 0.0f);
+        largest.assign(n, 0.0f), inverse.assign(n, 0.0f), along.assign(n, 0.0f);
+        for (int64_t c = 0; c < chunk.queries; c++) {
+          const int64_t h = c / rows, i = c % rows;
+          std::memcpy(q.data() + c * columns, query + i * width + h * dim, dim * sizeof(float));
+          std::memcpy(g.data() + c * columns, by_out + i * heads * dim + h * dim, dim * sizeof(float));
+          const float* kept = sums + ((start + row + i) * heads + kv * groups + h) * 2;
+          largest[c] = kept[0], inverse[c] = kept[1];
+        }
+        weights.resize(seen * n), by_scores.resize(seen * n);
+        multiply(seen, n, dim, key, width, 1, chunk.turned.data(), chunk.step, weights.data(), n, false);
+        multiply(seen, n, dim, value, width, 1, turned_grad.data(), chunk.step, by_scores.data(), n, false);
+        const float *most = largest.data(), *inverse_sum = inverse.data();
+        const int32_t *begin = chunk.begin.data(), *end = chunk.end.data();
+        float* sum = along.data();
+        for (int32_t j = 0; j < seen; j++) {
+          float *w = weights.data() + j * n, *b = by_scores.data() + j * n;
+          for (int64_t c = 0; c < n; c++) {
+            const float weight = exponential(w[c] * scaling - most[c]) * inverse_sum[c];
+            w[c] = j >= begin[c] && j < end[c] ? weight : 0.0f;
+            sum[c] += w[c] * b[c];
+          }
+        }
+        for (int64_t j = 0; j < seen; j++) {
+          float *w = weights.data() + j * n, *b = by_scores.data() + j * n;
+          for (int64_t c = 0; c < n; c++) b[c] = w[c] * (b[c] - sum[c]) * scaling;
+        }
+        for (int64_t h = 0; h < groups; h++) {
+          float* to = grad_projected + (start + row) * width + (kv * groups + h) * dim;
+          const float* by = by_scores.data() + h * rows;
+          if (columns == dim) {
+            multiply(rows, dim, seen, by, 1, n, right_key.values, right_key.step, to, width, false);
+          } else {
+            by_query.resize(rows * columns);
+            multiply(rows, columns, seen, by, 1, n, right_key.values, right_key.step, by_query.data(), columns, false);
+            for (int64_t i = 0; i < rows; i++)
+              std::memcpy(to + i * width, by_query.data() + i * columns, dim * sizeof(float));
+          }
+        }
+        multiply(seen, columns, chunk.queries, weights.data(), n, 1, g.data(), columns, by_value.data(), columns, true);
+        multiply(seen, columns, chunk.queries, by_scores.data(), n, 1, q.data(), columns, by_key.data(), columns, true);
+      }
+      float* to = grad_projected + start * width + (heads + kv) * dim;
+      for (int64_t j = 0; j < length; j++) {
+        std::memcpy(to + j * width, by_key.data() + j * columns, dim * sizeof(float));
+        std::memcpy(to + j * width + shape.key_heads * dim, by_value.data() + j * columns, dim * sizeof(float));
+      }
+    }
+  }
+}
+
+}  // extern "C"

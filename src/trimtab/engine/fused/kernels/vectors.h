@@ -1,0 +1,145 @@
+// Vectors, exponentials and products small enough for the second-level cache.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// Reduction by powers of two, then a minimax polynomial (Cephes): a relative error of a few 1e-7.
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t power = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &power, 4);
+  return p * scale;
+}
+
+using Buffer = std::vector<float>;
+
+// Products small enough for the second-level cache: a block of ROWS x VECTORS registers gathers a whole sum.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, VECTORS = 4, ROWS = 6;
+#else
+constexpr int64_t LANES = 8, VECTORS = 2, ROWS = 4;
+#endif
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t)), aligned(4)));
+
+inline Vector at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+
+inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+template <int R, int W>
+inline void block(int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b, int64_t b_step,
+                  float* c, int64_t c_step, bool add) {
+  Vector sums[R][W];
+  for (int r = 0; r < R; r++)
+    for (int w = 0; w < W; w++)
+      sums[r][w] = add ? *reinterpret_cast<const Vector*>(c + r * c_step + w * LANES) : Vector{};
+  for (int64_t i = 0; i < inner; i++) {
+    Vector right[W];
+    for (int w = 0; w < W; w++) right[w] = *reinterpret_cast<const Vector*>(b + i * b_step + w * LANES);
+    for (int r = 0; r < R; r++) {
+      const float left = a[r * row_step + i * inner_step];
+      for (int w = 0; w < W; w++) sums[r][w] += left * right[w];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int w = 0; w < W; w++) *reinterpret_cast<Vector*>(c + r * c_step + w * LANES) = sums[r][w];
+}
+
+template <int R>
+inline void strip(int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b,
+                  int64_t b_step, float* c, int64_t c_step, bool add) {
+  int64_t j = 0;
+  for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES)
+    block<R, VECTORS>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
+  for (; j + 2 * LANES <= columns; j += 2 * LANES)
+    block<R, 2>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
+  for (; j < columns; j += LANES) block<R, 1>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
+}
+
+// c [rows, columns] (+)= a [rows, inner] b [inner, columns]; columns is a multiple of LANES, a may be transposed.
+inline void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step,
+             const float* b, int64_t b_step, float* c, int64_t c_step, bool add) {
+  int64_t r = 0;
+#define STRIP(R) strip<R>(columns, inner, a + r * row_step, row_step, inner_step, b, b_step, c + r * c_step, c_step, add)
+  for (; r + ROWS <= rows; r += ROWS) STRIP(ROWS);
+  switch (rows - r) {
+    case 1: STRIP(1); break;
+    case 2: STRIP(2); break;
+    case 3: STRIP(3); break;
+    case 4: STRIP(4); break;
+    case 5: STRIP(5); break;
+  }
+#undef STRIP
+}
+
+// [rows, n] of rows `step` apart, with each row filled up by zeros to a multiple of LANES.
+inline void pack(const float* from, int64_t step, int64_t rows, int64_t n, Buffer& to) {
+  const int64_t width = padded(n);
+  to.assign(rows * width, 0.0f);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(to.data() + r * width, from + r * step, n * sizeof(float));
+}
+
+// Of pairs of rows that lie D apart, exchanges the halves: one stage of a transposition.
+template <int D>
+inline void exchange(Vector (&rows)[LANES]) {
+  Integers low, high;
+  for (int i = 0; i < LANES; i++) {
+    low[i] = i & D ? LANES + (i ^ D) : i;
+    high[i] = i & D ? LANES + i : i ^ D;
+  }
+  for (int i = 0; i < LANES; i++)
+    if (!(i & D)) {
+      const Vector a = rows[i], b = rows[i | D];
+#ifdef __clang__
+      for (int j = 0; j < LANES; j++) {
+        rows[i][j] = low[j] < LANES ? a[low[j]] : b[low[j] - LANES];
+        rows[i | D][j] = high[j] < LANES ? a[high[j]] : b[high[j] - LANES];
+      }
+#else
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i | D] = __builtin_shuffle(a, b, high);
+#endif
+    }
+}
+
+inline void transpose(Vector (&rows)[LANES]) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  exchange<4>(rows);
+  if (LANES > 8) exchange<8 % LANES>(rows);
+}
+
+// to [n, rows] = from [rows, n]. Whole vectors are written: up to LANES - 1 places after each row of `to` get zeros.
+inline void turn_rows(const float* from, int64_t step, int64_t rows, int64_t n, float* to, int64_t to_step) {
+  for (int64_t r = 0; r < rows; r += LANES) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+      Vector block[LANES] = {};
+      for (int64_t k = 0; k < LANES && r + k < rows; k++) block[k] = at(from + (r + k) * step + i);
+      transpose(block);
+      for (int64_t k = 0; k < LANES; k++) *reinterpret_cast<Vector*>(to + (i + k) * to_step + r) = block[k];
+    }
+    for (; i < n; i++)
+      for (int64_t k = r; k < rows && k < r + LANES; k++) to[i * to_step + k] = from[k * step + i];
+  }
+}
+
+}  // namespace
+
+#define EACH_TOKEN _Pragma("omp for schedule(static)") for (int64_t t = 0; t < tokens; t++)
+#define PARALLEL _Pragma("omp parallel")
