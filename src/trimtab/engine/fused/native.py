@@ -14,13 +14,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.cache import cache_folder
 from trimtab.engine.fused.formats import Adapter, Heads, HeadShape, LowRank, Masks, Rotary, Rows, Want, Weight, tile
@@ -104,15 +104,24 @@ def _build(sources: dict[str, bytes], path: Path) -> None:
 def _call(name: str, *arguments: Any) -> None:
     found = library()
     assert found is not None
-    getattr(found, name)(*map(_as_c, arguments))
+    # By exact type: with a thousand calls a step, looking along base classes is felt.
+    getattr(found, name)(*[_AS_C.get(type(argument), _as_it_is)(argument) for argument in arguments])
 
 
-def _as_c(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    return ctypes.c_float(argument) if isinstance(argument, float) else argument
+def _as_it_is(argument: Any) -> Any:
+    return argument
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+_AS_C: dict[type, Callable[[Any], Any]] = {
+    Tensor: _pointer,
+    nn.Parameter: _pointer,
+    int: ctypes.c_int64,
+    float: ctypes.c_float,
+}
 
 
 def _empty(*shape: int) -> Tensor:

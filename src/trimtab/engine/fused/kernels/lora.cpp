@@ -54,7 +54,8 @@ void lora_forward(const float* values, const Adapter* parts, int64_t adapters, i
         b[(m * rank + r) * width + i] = parts[m].b[(i - parts[m].start) * rank + r] * parts[m].scaling;
   }
   PARALLEL {
-    Buffer masked(ROWS * n), sums(ROWS * columns);
+    static thread_local Buffer masked, sums;
+    masked.resize(ROWS * n), sums.resize(ROWS * columns);
     _Pragma("omp for schedule(static)") for (int64_t t = 0; t < tokens; t += ROWS) {
       const int64_t rows = tokens - t < ROWS ? tokens - t : ROWS;
       for (int64_t m = 0; m < adapters; m++) {
@@ -79,7 +80,7 @@ void lora_backward(const float* values, const Adapter* parts, int64_t adapters, 
   // Sums of a fixed number of parts in a fixed order: the same bits on every run.
   const int64_t side_by_side = chunks < PARTS ? chunks : PARTS;
   static Buffer weights, scaled_b, a_sums, b_sums;
-  weights.assign(all * columns, 0.0f);
+  weights.resize(all * columns);
   scaled_b.assign(adapters * width * ranks, 0.0f);
   for (int64_t m = 0; m < adapters; m++) {
     for (int64_t r = 0; r < rank; r++)
@@ -88,11 +89,14 @@ void lora_backward(const float* values, const Adapter* parts, int64_t adapters, 
       for (int64_t r = 0; r < rank; r++)
         scaled_b[(m * width + i) * ranks + r] = parts[m].b[(i - parts[m].start) * rank + r] * parts[m].scaling;
   }
-  a_sums.assign(side_by_side * all * columns, 0.0f);
-  b_sums.assign(side_by_side * all * outs, 0.0f);
+  a_sums.resize(side_by_side * all * columns);
+  b_sums.resize(side_by_side * all * outs);
   PARALLEL {
-    Buffer masked(chunk * columns, 0.0f), back(chunk * columns), by_small(chunk * ranks), part_of_grad;
-    _Pragma("omp for schedule(static)") for (int64_t part = 0; part < side_by_side; part++)
+    static thread_local Buffer masked, back, by_small, part_of_grad;
+    masked.assign(chunk * columns, 0.0f), back.resize(chunk * columns), by_small.resize(chunk * ranks);
+    _Pragma("omp for schedule(static)") for (int64_t part = 0; part < side_by_side; part++) {
+      std::memset(a_sums.data() + part * all * columns, 0, all * columns * sizeof(float));
+      std::memset(b_sums.data() + part * all * outs, 0, all * outs * sizeof(float));
       for (int64_t c = part * chunks / side_by_side; c < (part + 1) * chunks / side_by_side; c++) {
         const int64_t t = c * chunk, rows = tokens - t < chunk ? tokens - t : chunk;
         if (delta && addend) std::memcpy(delta + t * n, addend + t * n, rows * n * sizeof(float));
@@ -124,6 +128,7 @@ void lora_backward(const float* values, const Adapter* parts, int64_t adapters, 
           }
         }
       }
+    }
     _Pragma("omp for schedule(static)") for (int64_t row = 0; row < all; row++) {
       const Adapter& adapter = parts[row / rank];
       const int64_t r = row % rank;

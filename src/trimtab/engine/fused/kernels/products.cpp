@@ -71,17 +71,22 @@ template <int R>
       ahead.fetch(part++);
       for (const int64_t stop = std::min(i + CHAIN / 8, depth); i < stop; i++, panel += WIDTH) {
         Vector right[VECTORS];
+#pragma GCC unroll 8
         for (int w = 0; w < VECTORS; w++) {
           right[w] = at(panel + w * LANES);
           __builtin_prefetch(panel + 8 * WIDTH + w * LANES);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           const float left = values[r * step + i];
+#pragma GCC unroll 8
           for (int w = 0; w < VECTORS; w++) sums[r][w] += left * right[w];
         }
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
       for (int w = 0; w < VECTORS; w++) total[r * VECTORS + w] = from ? total[r * VECTORS + w] + sums[r][w] : sums[r][w];
   }
 }

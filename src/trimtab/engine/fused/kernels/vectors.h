@@ -45,18 +45,25 @@ template <int R, int W>
 inline void block(int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b, int64_t b_step,
                   float* c, int64_t c_step, bool add) {
   Vector sums[R][W];
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int w = 0; w < W; w++)
       sums[r][w] = add ? *reinterpret_cast<const Vector*>(c + r * c_step + w * LANES) : Vector{};
   for (int64_t i = 0; i < inner; i++) {
     Vector right[W];
+#pragma GCC unroll 8
     for (int w = 0; w < W; w++) right[w] = *reinterpret_cast<const Vector*>(b + i * b_step + w * LANES);
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const float left = a[r * row_step + i * inner_step];
+#pragma GCC unroll 8
       for (int w = 0; w < W; w++) sums[r][w] += left * right[w];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
     for (int w = 0; w < W; w++) *reinterpret_cast<Vector*>(c + r * c_step + w * LANES) = sums[r][w];
 }
 
