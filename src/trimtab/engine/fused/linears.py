@@ -51,7 +51,7 @@ class LinearGroup:
                 base.weight = nn.Parameter(part, requires_grad=False)
         biases = [base.bias for base in bases]
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self.weight = Weight(values, kernels.lay_out(values))
+        self.weight = Weight(values)
         self.adapters: tuple[Adapter, ...] = ()
 
     @property
@@ -64,10 +64,11 @@ class LinearGroup:
         Raises:
             ValueError: the weight's sides cannot be divided by 4.
         """
-        self.weight = self.weight._replace(int8=quantise_weight(self.weight.values))
+        self.weight = Weight(self.weight.values, int8=quantise_weight(self.weight.values))
 
     def use_float32(self) -> None:
-        self.weight = self.weight._replace(int8=None)
+        if self.weight.int8 is not None:
+            self.weight = Weight(self.weight.values)
 
     def find_adapters(self) -> None:
         """Read the LoRA parts that peft has put around the layers, as they stand.
@@ -107,6 +108,8 @@ class LinearGroup:
 
     def forward(self, rows: Rows, addend: Tensor | None = None) -> tuple[Tensor, Kept | None]:
         """The product + addend."""
+        if self.weight.int8 is None and self.weight.tiles is None:  # not held beside int8
+            self.weight = self.weight._replace(tiles=self.kernels.lay_out(self.weight.values))
         kept = self._adapt(rows.values) if self.adapters and rows.values is not None else None
         low_rank = None if kept is None else kept.low_rank
         return self.kernels.linear(rows, self.weight, self.bias, low_rank, addend), kept

@@ -85,14 +85,13 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupErro
 
 def _measure(layer: int, group: LinearGroup, seen: _Seen) -> GroupError:
     assert seen.inputs is not None
-    int8, kernels = group.weight, group.kernels
-    float32 = int8._replace(int8=None)
-    rows = kernels.rows_of(seen.inputs, Want(True, True))
-    output = _cosine(kernels.linear(rows, int8), kernels.linear(rows, float32))
+    weight, kernels = group.weight, group.kernels
+    rows = kernels.rows_of(seen.inputs, Want(False, True))
+    output = _cosine(kernels.linear(rows, weight), seen.inputs @ weight.values.t())
     gradient = None
     if seen.gradient is not None:
-        rows = kernels.rows_of(seen.gradient, group.wants_gradient._replace(values=True))
-        gradient = _cosine(kernels.linear_backward(rows, int8), kernels.linear_backward(rows, float32))
+        rows = kernels.rows_of(seen.gradient, group.wants_gradient._replace(values=False))
+        gradient = _cosine(kernels.linear_backward(rows, weight), seen.gradient @ weight.values)
     return GroupError(layer, group.name, output, gradient)
 
 
