@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from samples import tiny_config
 from trimtab.errors import StudyError
-from trimtab.methods import attach_adapter, find_target_modules, get_method, learning_rate_of
+from trimtab.methods import attach_adapter, find_layers, find_target_modules, get_method, learning_rate_of
 from trimtab.study_config import build_study
 
 
@@ -69,3 +69,26 @@ def test_named_targets_and_rates(tiny_model):
     assert learning_rate_of(build_study({"learning_rate": 1e-3})) == 1e-3
     with pytest.raises(StudyError, match=r"unknown method 'dorra'; did you mean 'dora'\?"):
         get_method("dorra")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "layers"),
+    [("all", None), ("upper-half", [3, 4, 5]), ("upper-quarter", [5]), ("2-4", [2, 3, 4]), ("0", [0])],
+)
+def test_layers_by_word_or_range(tiny_model, wanted, layers):
+    model = tiny_model("llama", num_hidden_layers=6)
+    assert find_layers(model, wanted) == layers
+    adapted = attach_adapter(model, build_study({"layers_to_transform": wanted}), [])
+    found = {int(name.split("layers.")[1].split(".")[0]) for name, _ in adapted.named_modules() if "lora_A." in name}
+    assert sorted(found) == (layers or list(range(6)))
+
+
+@pytest.mark.parametrize("wanted", ["upper", "6", "4-2", "3-9", "-1", ""])
+def test_layers_that_are_not_there(tiny_model, wanted):
+    with pytest.raises(StudyError, match=f"'{wanted}' is no choice of the layers 0 to 5"):
+        find_layers(tiny_model("bert", num_hidden_layers=6), wanted)
+
+
+def test_a_method_without_layers_says_so(tiny_model):
+    with pytest.raises(StudyError, match="goes to all layers"):
+        attach_adapter(tiny_model("llama"), build_study({"method": "ia3", "layers_to_transform": "upper-half"}), [])

@@ -286,4 +286,31 @@ def test_training_in_int8_is_scored_in_float32(tmp_path, model_folder):
     assert len(training["errors"]) == 8
     comparison = json.loads(run.comparison.read_text())
     assert comparison["reload"]["passed"]
-    assert "int8" in run.report_markdown.read_text()
+    both = json.loads(run.trial("lora", 0).metrics.read_text())
+    in_int8 = both["in_training_precision"]
+    assert in_int8["precision"] == "int8"
+    assert 0 < in_int8["max_abs_logit_difference"] < 0.5
+    assert abs(in_int8["metrics"]["loss"] - both["metrics"]["loss"]) < 0.05
+    said = next(line for line in run.report_markdown.read_text().splitlines() if "Test scores in int8" in line)
+    accuracy, whole = (100 * metrics["accuracy"] for metrics in (in_int8["metrics"], both["metrics"]))
+    assert f"accuracy {accuracy:.1f} % (in float32 {whole:.1f} %)" in said.replace("\N{NARROW NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: nothing is kept")
+def test_states_below_the_adapted_layers_are_kept_between_runs(tmp_path, model_folder, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path / "home"))
+    data = write_reviews(tmp_path / "reviews.csv")
+    flags = settings(model_folder("llama"), data, "", layers_to_transform="upper-half")
+    adapters, notes = [], []
+    for name, changes in {"none": {"cache_budget_gib": 0}, "first": {}, "second": {}}.items():
+        given = flags | {"out": tmp_path / name} | changes
+        done = run_trimtab("run", *[f"--{n.replace('_', '-')}={v}" for n, v in given.items()])
+        assert done.returncode == 0, done.stderr
+        adapters.append(load_file(RunFolder(tmp_path / name).trial("lora", 0).adapter / "adapter_model.safetensors"))
+        notes += [line for line in done.stderr.splitlines() if "states below layer" in line]
+    assert all("layers.1." in name or "score" in name for name in adapters[0])
+    for other in adapters[1:]:
+        assert all(torch.equal(adapters[0][name], other[name]) for name in adapters[0])
+    assert len(notes) == 2
+    assert "computed for 160" in notes[0]
+    assert "computed for 0" in notes[1]

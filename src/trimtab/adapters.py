@@ -15,7 +15,9 @@ from trimtab.data import read_rows
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import ReloadError, SourceError
 from trimtab.evaluation.evaluate import Scorer, make_scorer, predict, record_system, scoring_cost
+from trimtab.evaluation.metrics import compute_metrics
 from trimtab.models import load_base
+from trimtab.precision import use_trained_precision
 from trimtab.progress import Progress
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_file, write_folder, write_json
 from trimtab.sources import fingerprint_model, locate_model
@@ -73,14 +75,22 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
     rows = read_rows(run.test_rows)
     scores = scorer.score(scorer.encode(rows), progress)
     training = read_json(trial.training)
+    names = training["label_names"]
+    other: dict[str, Any] = {}
+    if use_trained_precision(scorer.choice.forward, training):
+        progress.stage(f"Scoring {trial.name} in {training['precision']}, as it was trained")
+        logits = scorer.score(scorer.encode(rows), progress).logits
+        other = {"precision": training["precision"], "metrics": compute_metrics(predict(rows, names, logits)),
+                 "max_abs_logit_difference": float((logits - scores.logits).abs().max())}  # fmt: skip
     record_system(
         trial,
-        predict(rows, training["label_names"], scores.logits),
+        predict(rows, names, scores.logits),
         title=training["title"],
         kind="tuned",
         method=study.method,
         seed=study.seed,
         cost=training["cost"] | scoring_cost(scores, len(rows)),
+        in_training_precision=other,
     )
     save_logits(trial.logits, scores.logits)
 

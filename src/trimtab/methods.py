@@ -61,6 +61,10 @@ _ATTENTION_NAMES = (
 )  # fmt: skip
 
 
+# Upper parts of a model: one in so many layers.
+_SHARES = {"upper-half": 2, "upper-quarter": 4}
+
+
 def get_method(name: str) -> Method:
     """The method called `name`.
 
@@ -105,6 +109,26 @@ def find_target_modules(model: Any, wanted: str) -> list[str] | str:
     )
 
 
+def find_layers(model: Any, wanted: str) -> list[int] | None:
+    """Numbers of the layers to adapt; None for all.
+
+    Raises:
+        StudyError: not one of the known words, and no range of layers that the model has.
+    """
+    if wanted == "all":
+        return None
+    count = int(model.config.get_text_config().num_hidden_layers)
+    if wanted in _SHARES:
+        return list(range(count - max(1, count // _SHARES[wanted]), count))
+    first, _, last = wanted.partition("-")
+    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first) < count):
+        raise StudyError(
+            f"layers_to_transform: {wanted!r} is no choice of the layers 0 to {count - 1}{suggest(wanted, _SHARES)}; "
+            f"use all, {', '.join(_SHARES)}, or a range such as {count // 2}-{count - 1}"
+        )
+    return list(range(int(first), int(last or first) + 1))
+
+
 def attach_adapter(model: Any, study: StudyConfig, new_modules: list[str]) -> Any:
     """Wrap `model` in the study's adapter; `new_modules` (the head) are trained and saved with it.
 
@@ -114,6 +138,11 @@ def attach_adapter(model: Any, study: StudyConfig, new_modules: list[str]) -> An
 
     method = get_method(study.method)
     config = method.build(study, find_target_modules(model, study.target_modules))
+    layers = find_layers(model, study.layers_to_transform)
+    if layers is not None:
+        if not hasattr(config, "layers_to_transform"):
+            raise StudyError(f"layers_to_transform: {method.title} goes to all layers; leave it at all, or use lora")
+        config.layers_to_transform = layers
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = _has_conv1d(model)
     config.modules_to_save = sorted({name.rpartition(".")[2] for name in new_modules}) or None

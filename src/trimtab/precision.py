@@ -53,6 +53,28 @@ def use_float32(forward: Forward) -> None:
             group.use_float32()
 
 
+def use_trained_precision(forward: Forward, training: dict[str, Any]) -> bool:
+    """Let the frozen layers compute as they did in training; False where that was float32 already.
+
+    Args:
+        training: a trial's training.json.
+    """
+    stack = forward.stack if isinstance(forward, PackedForward) else None
+    if stack is None or training.get("precision") != "int8" or not stack.fits():
+        return False
+    measured = {_place(error["layer"], error["group"]) for error in training["errors"]}
+    used = measured - set(training["kept_in_float32"])
+    for number, layer in enumerate(stack.layers):
+        for group in layer.groups:
+            if _place(number, group.name) in used:
+                group.quantise()
+    return True
+
+
+def _place(layer: int, group: str) -> str:
+    return f"layer {layer} {group}"
+
+
 def describe_precision(errors: list[GroupError] | None) -> dict[str, Any]:
     used = [error for error in errors or [] if error.is_within_bounds]
     if errors is None or not used:
@@ -61,6 +83,6 @@ def describe_precision(errors: list[GroupError] | None) -> dict[str, Any]:
         "precision": "int8",
         "least_output_cosine": min(error.output_cosine for error in used),
         "least_gradient_cosine": min((e.gradient_cosine for e in used if e.gradient_cosine is not None), default=None),
-        "kept_in_float32": [f"layer {error.layer} {error.group}" for error in errors if error not in used],
+        "kept_in_float32": [_place(error.layer, error.group) for error in errors if error not in used],
         "errors": [error._asdict() for error in errors],
     }

@@ -38,7 +38,7 @@ from trimtab.evaluation.evaluate import (
 )
 from trimtab.evaluation.predictions import predictions_for, read_predictions
 from trimtab.machine import describe_machine, git_state, package_versions
-from trimtab.methods import find_target_modules, get_method
+from trimtab.methods import find_layers, find_target_modules, get_method
 from trimtab.models import build_without_weights, load_base, quiet_libraries
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
@@ -47,7 +47,7 @@ from trimtab.sources import ModelSource, fingerprint_files, fingerprint_model, l
 from trimtab.study_config import StudyConfig
 from trimtab.tasks.classification import EncodedRows
 from trimtab.tasks.heads import final_linear
-from trimtab.tuning import TuningData, tune
+from trimtab.tuning import TuningData, cached_prefix, tune
 
 
 @dataclass
@@ -114,13 +114,13 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False)
     progress.stage("Reading the data")
     data = prepare_data(study, progress)
     source = locate_model(study.model, progress)
-    check_model(source, study.target_modules)
+    check_model(source, study)
     run.claim(study.to_yaml(), overwrite)
     write_rows(run.test_rows, data.test)
     return Job(study, run, data, source, progress)
 
 
-def check_model(source: ModelSource, target_modules: str) -> None:
+def check_model(source: ModelSource, study: StudyConfig) -> None:
     """Refuse a model that cannot be tuned here, from its configuration alone.
 
     Raises:
@@ -128,7 +128,8 @@ def check_model(source: ModelSource, target_modules: str) -> None:
         StudyError: layers to adapt that it does not have.
     """
     model = build_without_weights(source)
-    find_target_modules(model, target_modules)
+    find_target_modules(model, study.target_modules)
+    find_layers(model, study.layers_to_transform)
     try:
         final_linear(model)
     except NotImplementedError as error:
@@ -149,20 +150,22 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     with job.timed("load base"):
         base = load_base(job.source, job.data.label_names, job.study.seed)
         scorer = make_scorer(base, job.study.max_length_tokens, job.progress)
+        base_sha256 = fingerprint_model(job.source)
         facts = {
             "base": job.study.model,
-            "base_sha256": fingerprint_model(job.source),
+            "base_sha256": base_sha256,
             "task": job.study.task,
             "label_names": job.data.label_names,
             "max_length_tokens": scorer.max_length_tokens,
             "versions": package_versions(),
         }
     encoded = encode_splits(job, scorer)
-    with job.timed("base"):
-        probe = score_base(job, scorer, encoded)
-    if not trial.trained_logits.is_file():
-        with job.timed("tune"):
-            tune(job.study, scorer, encoded, probe, trial, facts, job.progress)
+    with cached_prefix(job.study, scorer, base_sha256, job.progress):
+        with job.timed("base"):
+            probe = score_base(job, scorer, encoded)
+        if not trial.trained_logits.is_file():
+            with job.timed("tune"):
+                tune(job.study, scorer, encoded, probe, trial, facts, job.progress)
     with job.timed("reload and evaluate"):
         prove_reload(job.run, trial, job.progress)
 

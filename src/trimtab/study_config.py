@@ -50,6 +50,14 @@ class StudyConfig(BaseModel):
     target_modules: str = Field(
         "auto", description="Layers to adapt: auto, all-linear, or names such as q_proj,v_proj."
     )
+    layers_to_transform: str = Field(
+        "all",
+        description="Which layers get an adapter: all, upper-half, upper-quarter, or a range such as 20-29. What lies "
+        "below the lowest one is computed once for each text and kept.",
+    )
+    cache_budget_gib: float = Field(
+        2.0, ge=0, description="Disk for states below the lowest adapted layer, over all runs, in GiB; 0 keeps none."
+    )
     learning_rate: Literal["auto"] | float = Field(
         "auto", description="Peak learning rate; auto takes the method's default."
     )

@@ -5,7 +5,10 @@ The loop itself is in `engine.loop`; here its parts are chosen from the study.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +16,11 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import save_adapter, save_logits
+from trimtab.cache import cache_folder
 from trimtab.engine.batches import Batch, TrainingPlan
+from trimtab.engine.forward import PackedForward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.fused.prefix_cache import CacheInUseError, PrefixCache, make_room
 from trimtab.engine.loop import Ending, LoopSettings, make_state, train
 from trimtab.engine.memory import keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
@@ -22,7 +28,8 @@ from trimtab.engine.state import TrainingState
 from trimtab.errors import TrainingError
 from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
-from trimtab.methods import attach_adapter, get_method, learning_rate_of
+from trimtab.machine import package_versions
+from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of
 from trimtab.precision import choose_precision, describe_precision, use_float32
 from trimtab.progress import Progress
 from trimtab.runs import TrialFolder, write_json, write_jsonl
@@ -95,6 +102,37 @@ def tune(
         )
     progress.stage("Scoring what was trained, to be held against its reload")
     save_logits(trial.trained_logits, scorer.score(data.test, progress).logits)
+
+
+@contextmanager
+def cached_prefix(study: StudyConfig, scorer: Scorer, base_sha256: str, progress: Progress) -> Iterator[None]:
+    """Keep the states below the lowest adapted layer for as long as this lasts, and on disk for the next run."""
+    layers = find_layers(scorer.base.model, study.layers_to_transform)
+    stack = scorer.choice.forward.stack if isinstance(scorer.choice.forward, PackedForward) else None
+    budget = int(study.cache_budget_gib * (1 << 30))
+    if stack is None or not layers or not layers[0] or not budget:
+        yield
+        return
+    root = cache_folder() / "prefix"
+    needs = f"{base_sha256} layer {layers[0]} offset {scorer.choice.position_offset} {package_versions()}"
+    folder = root / hashlib.sha256(needs.encode()).hexdigest()[:16]
+    try:
+        room = make_room(root, folder, budget)
+        cache = PrefixCache(folder, layers[0], scorer.base.model.config.hidden_size, room)
+    except (CacheInUseError, OSError) as error:
+        progress.note(f"states below layer {layers[0]} are not kept: {type(error).__name__} ({error})")
+        yield
+        return
+    stack.cache = cache
+    try:
+        yield
+    finally:
+        stack.cache = None
+        cache.close()
+        progress.note(
+            f"states below layer {cache.layer} were taken from disk for {cache.hits:,} texts, computed for "
+            f"{cache.misses:,}; {cache.bytes_used / (1 << 20):,.0f} MiB kept"
+        )
 
 
 def start_head_at_probe(model: Any, probe: LinearProbe) -> None:

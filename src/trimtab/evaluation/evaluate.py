@@ -96,8 +96,13 @@ def record_system(
     method: str | None = None,
     seed: int | None = None,
     cost: dict[str, Any],
+    in_training_precision: dict[str, Any] | None = None,
 ) -> None:
-    """Write a system's predictions and its record; costs that do not apply are null."""
+    """Write a system's predictions and its record; costs that do not apply are null.
+
+    Args:
+        in_training_precision: what it scores in the number format it was trained in, where that is not float32.
+    """
     predictions.write(folder.predictions)
     record = {
         "name": folder.name,
@@ -108,6 +113,8 @@ def record_system(
         "metrics": compute_metrics(predictions),
         "cost": dict.fromkeys(_COSTS) | cost,
     }
+    if in_training_precision:
+        record["in_training_precision"] = in_training_precision
     write_json(folder.metrics, record)
 
 

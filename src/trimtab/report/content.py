@@ -310,6 +310,10 @@ def _trial(folder: TrialFolder, title: str | None) -> Trial:
         return [(step, value) for step, value in found if step is not None and value is not None]
 
     training = _read_mapping(folder.training)
+    scored = _read_mapping(folder.metrics)
+    other = scored.get("in_training_precision")
+    if isinstance(other, dict):
+        training["scores_in_training_precision"] = other | {"float32": scored.get("metrics") or {}}
     return Trial(
         name=folder.name,
         title=title or str(training.get("title") or folder.name),

@@ -246,10 +246,23 @@ def training_facts(trial: Trial) -> list[tuple[str, str]]:
     if "forward" in training:
         reason = f" ({training.pop('forward_reason')})" if training.get("forward_reason") else ""
         facts.append(("Forward pass", f"{training.pop('forward')}{reason}"))
+    if scores := training.pop("scores_in_training_precision", None):
+        facts.append((f"Test scores in {scores.get('precision')}", _precision_words(scores)))
     for name, value in training.items():
         if name not in _SHOWN_ELSEWHERE and value not in (None, "", [], {}):
             facts.append((_sentence_case(name), plain_value(name, value)))
     return facts
+
+
+def _precision_words(scores: dict[str, Any]) -> str:
+    """Both number formats side by side: the tables of systems have float32 only."""
+    trained, whole = scores.get("metrics") or {}, scores.get("float32") or {}
+    pairs = [
+        f"{metric_word(name)} {format_score(name, finite(trained.get(name)))} "
+        f"(in float32 {format_score(name, finite(whole.get(name)))})"
+        for name in ("accuracy", "loss")
+    ]
+    return "; ".join(pairs)
 
 
 def _step_words(training: dict[str, Any]) -> str:

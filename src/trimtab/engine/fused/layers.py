@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.engine.fused.formats import Heads, Rotary, Rows, Want
 from trimtab.engine.fused.linears import Kernels, LinearGroup
+from trimtab.engine.fused.prefix_cache import Prefix
 
 _VALUES = Want(True, False)
 
@@ -20,12 +21,13 @@ _VALUES = Want(True, False)
 class Batch:
     """What all layers of a pass share: `starts` are the texts' first tokens, then the number of tokens.
 
-    `rows` are the tokens that are asked for, None for all.
+    `rows` are the tokens that are asked for, None for all; `prefix` what a cache knows of these texts.
     """
 
     starts: Tensor
     rotary: Rotary | None = None
     rows: Tensor | None = None
+    prefix: Prefix | None = None
 
 
 class AttentionPart:

@@ -62,18 +62,23 @@ class _Seen:
 def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupError]:
     """Let every group compute in int8 whose error in one pass stays within bounds; returns all errors.
 
+    Layers below a prefix cache stay in float32: they run once for each text.
+
     Args:
         run: one forward and backward through the stack, on a batch of real rows.
     """
     for group in stack.groups:
         group.use_float32()
-    seen = [_Seen(group) for group in stack.groups]
+    lowest = 0 if stack.cache is None else stack.cache.layer
+    places = [
+        (number, group) for number, layer in enumerate(stack.layers) if number >= lowest for group in layer.groups
+    ]
+    seen = [_Seen(group) for _, group in places]
     try:
         run()
     finally:
         for group_seen in seen:
             group_seen.forget()
-    places = [(number, group) for number, layer in enumerate(stack.layers) for group in layer.groups]
     errors = []
     for (number, group), group_seen in zip(places, seen, strict=True):
         group.quantise()

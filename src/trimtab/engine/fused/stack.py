@@ -19,6 +19,7 @@ from trimtab.engine.attention import Run
 from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want
 from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, values_of
 from trimtab.engine.fused.linears import Kernels, NotPlainError
+from trimtab.engine.fused.prefix_cache import Prefix, PrefixCache
 
 
 class LayerStack:
@@ -30,6 +31,7 @@ class LayerStack:
         self.kernels = kernels
         self.groups = [group for layer in layers for group in layer.groups]
         self.trained: int | None = None
+        self.cache: PrefixCache | None = None
         self.parameters: list[Tensor] = []
         self._checked: set[int] = set()  # the parameters with which all others were seen to be frozen
 
@@ -57,23 +59,40 @@ class LayerStack:
     def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""
         backbone = self.backbone
+        prefix = self._look_up(inputs, runs)
+        known = None if prefix is None or prefix.states is None else prefix.states.unsqueeze(0)
         if hasattr(backbone, "rotary_emb"):
-            states = backbone.embed_tokens(inputs["input_ids"])
+            states = backbone.embed_tokens(inputs["input_ids"]) if known is None else known
             cos, sin = backbone.rotary_emb(states, position_ids=inputs["position_ids"])
             half = cos.shape[-1] // 2
             rotary = Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
-            normed: Tensor = backbone.norm(self.run(states[0], runs, rotary, rows))
+            normed: Tensor = backbone.norm(self.run(states[0], runs, rotary, rows, prefix))
             return normed
-        states = backbone.embeddings(**inputs)
-        if hasattr(backbone, "embeddings_project"):  # ELECTRA's smaller embeddings
+        states = backbone.embeddings(**inputs) if known is None else known
+        if hasattr(backbone, "embeddings_project") and known is None:  # ELECTRA's smaller embeddings
             states = backbone.embeddings_project(states)
-        return self.run(states[0], runs, None, rows)
+        return self.run(states[0], runs, None, rows, prefix)
 
-    def run(self, states: Tensor, runs: Sequence[Run], rotary: Rotary | None, rows: Tensor | None) -> Tensor:
-        """States [tokens, hidden] after the last layer, of `rows` only where given."""
-        lengths = [run.length for run in runs for _ in range(run.texts)]
-        starts = torch.tensor([0, *accumulate(lengths)], device=states.device)
-        batch = Batch(starts, rotary, rows)
+    def _look_up(self, inputs: dict[str, Any], runs: Sequence[Run]) -> Prefix | None:
+        """What the cache knows of a pack's texts; None where there is no cache, or an adapter below its layer."""
+        if self.cache is None or (self.trained is not None and self.trained < self.cache.layer):
+            return None
+        return self.cache.look_up(inputs, _lengths_of(runs))
+
+    def run(
+        self,
+        states: Tensor,
+        runs: Sequence[Run],
+        rotary: Rotary | None,
+        rows: Tensor | None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """States [tokens, hidden] after the last layer, of `rows` only where given.
+
+        `states` enter the first layer, or the prefix's where that knows them.
+        """
+        starts = torch.tensor([0, *accumulate(_lengths_of(runs))], device=states.device)
+        batch = Batch(starts, rotary, rows, prefix)
         if not (torch.is_grad_enabled() and self.parameters):
             with torch.no_grad():
                 return self.forward(states, batch, None)
@@ -81,9 +100,12 @@ class LayerStack:
         return result
 
     def forward(self, states: Tensor, batch: Batch, saved: list[Any] | None) -> Tensor:
-        rows = self.kernels.rows_of(states, self.layers[0].wants)
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
+        prefix, last = batch.prefix, len(self.layers) - 1
+        first = prefix.cache.layer if prefix is not None and prefix.states is not None else 0
+        rows = self.kernels.rows_of(states, self.layers[first].wants)
+        for number, layer in enumerate(self.layers[first:], first):
+            if prefix is not None and prefix.states is None and number == prefix.cache.layer:
+                prefix.keep(values_of(rows))
             want = Want(True, False) if number == last else self.layers[number + 1].wants
             rows, kept = layer.forward(rows, batch, number == last, want)
             if saved is not None and self.trained is not None and number >= self.trained:
@@ -103,6 +125,10 @@ class LayerStack:
             rows, gradients = self.layers[number].backward(rows, saved.pop(), batch, number == last, want)
             found.append(gradients)
         return [gradient for gradients in reversed(found) for gradient in gradients]
+
+
+def _lengths_of(runs: Sequence[Run]) -> list[int]:
+    return [run.length for run in runs for _ in range(run.texts)]
 
 
 class _StackFunction(torch.autograd.Function):

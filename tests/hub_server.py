@@ -1,0 +1,146 @@
+"""A small Hub on this machine: repositories are folders, served by the routes that `huggingface_hub` asks for.
+
+Models lie in `root/<owner>/<name>`, data sets in `root/datasets/<owner>/<name>`; a repository with a file
+named `.gated` answers 401. The client is the real one, pointed here by `HF_ENDPOINT`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+_API = re.compile(r"^/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?$")
+_FILE = re.compile(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
+
+
+class HubServer(ThreadingHTTPServer):
+    """Use as a context manager; `requests` holds (method, path) of all that was asked."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.requests: list[tuple[str, str]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def _answer(self, body: bytes) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, path))
+        if match := _API.match(path):
+            kind, name, what, revision, below = match.groups()
+            self._answer_api(kind == "datasets", name, what, revision, below or "", body)
+        elif match := _FILE.match(path):
+            is_data, name, revision, file = match.groups()
+            self._send_file(bool(is_data), name, revision, file)
+        else:
+            self._send(404, b"{}")
+
+    def _repository(self, is_data: bool, name: str, revision: str | None) -> Path | None:
+        """The folder of a repository; None, and answered, where it cannot be had."""
+        folder = self.server.root / ("datasets" if is_data else "") / name
+        if not folder.is_dir():
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif (folder / ".gated").exists():
+            self._send(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."})
+        elif revision not in (None, "main", _commit(folder)):
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            return folder
+        return None
+
+    def _answer_api(
+        self, is_data: bool, name: str, what: str | None, revision: str | None, below: str, body: bytes
+    ) -> None:
+        folder = self._repository(is_data, name, revision)
+        if folder is None:
+            return
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        if what == "tree":
+            inside = [path for path in files if str(path.relative_to(folder)).startswith(below)]
+            self._send_json([_describe(path, folder) for path in inside])
+        elif what == "paths-info":
+            wanted = json.loads(body)["paths"] if body.startswith(b"{") else []
+            self._send_json([_describe(path, folder) for path in files if str(path.relative_to(folder)) in wanted])
+        else:
+            siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
+            self._send_json({"id": name, "sha": _commit(folder), "private": False, "gated": False, "downloads": 0,
+                             "likes": 0, "tags": [], "siblings": siblings})  # fmt: skip
+
+    def _send_file(self, is_data: bool, name: str, revision: str, file: str) -> None:
+        folder = self._repository(is_data, name, revision)
+        if folder is None:
+            return
+        path = folder / file
+        if not path.is_file():
+            self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _commit(folder)})
+            return
+        content = path.read_bytes()
+        headers = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": _commit(folder), "Accept-Ranges": "bytes"}
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and int(asked[1]):
+            start = int(asked[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self._send(206, content[start:], headers)
+        else:
+            self._send(200, content, headers)
+
+    def _send_json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _commit(folder: Path) -> str:
+    return hashlib.sha1(folder.name.encode(), usedforsecurity=False).hexdigest()
+
+
+def _describe(path: Path, folder: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    oid = hashlib.sha1(content, usedforsecurity=False).hexdigest()
+    return {"type": "file", "path": str(path.relative_to(folder)), "size": len(content), "oid": oid}
