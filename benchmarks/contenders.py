@@ -75,7 +75,7 @@ def make_study(arguments: argparse.Namespace) -> StudyConfig:
             "max_validation_rows": 400,
             "max_test_rows": 1000,
             "num_train_epochs": 2,
-            "evaluations_per_epoch": 8,
+            "evaluations_per_epoch": 4,
             "early_stopping_patience": 100,
             "seed": arguments.seed,
             "precision": "int8" if arguments.contender == "trimtab-int8" else "float32",

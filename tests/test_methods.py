@@ -89,6 +89,19 @@ def test_layers_that_are_not_there(tiny_model, wanted):
         find_layers(tiny_model("bert", num_hidden_layers=6), wanted)
 
 
+def test_all_linears_of_some_layers(tiny_model):
+    settings = {"layers_to_transform": "1", "target_modules": "all-linear"}
+    adapted = attach_adapter(tiny_model("llama"), build_study(settings), [])
+    names = {name.split("layers.")[1] for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    assert len(names) == 7
+    assert all(name.startswith("1.") for name in names)
+
+
+def test_layers_without_numbers(tiny_model):
+    with pytest.raises(StudyError, match="the layers of AlbertForSequenceClassification are not numbered"):
+        attach_adapter(tiny_model("albert"), build_study({"layers_to_transform": "1"}), [])
+
+
 def test_a_method_without_layers_says_so(tiny_model):
     with pytest.raises(StudyError, match="goes to all layers"):
         attach_adapter(tiny_model("llama"), build_study({"method": "ia3", "layers_to_transform": "upper-half"}), [])

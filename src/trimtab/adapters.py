@@ -73,13 +73,14 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
     progress.stage(f"Scoring {trial.name} from its saved folder")
     scorer = load_scorer(study, trial, progress)
     rows = read_rows(run.test_rows)
-    scores = scorer.score(scorer.encode(rows), progress)
+    encoded = scorer.encode(rows)
+    scores = scorer.score(encoded, progress)
     training = read_json(trial.training)
     names = training["label_names"]
     other: dict[str, Any] = {}
     if use_trained_precision(scorer.choice.forward, training):
         progress.stage(f"Scoring {trial.name} in {training['precision']}, as it was trained")
-        logits = scorer.score(scorer.encode(rows), progress).logits
+        logits = scorer.score(encoded, progress).logits
         other = {"precision": training["precision"], "metrics": compute_metrics(predict(rows, names, logits)),
                  "max_abs_logit_difference": float((logits - scores.logits).abs().max())}  # fmt: skip
     record_system(

@@ -1,4 +1,4 @@
-"""Where Trimtab keeps what it can fetch or build again: starters and compiled kernels."""
+"""Where Trimtab keeps what it can fetch or build again: starters, compiled kernels, states of frozen layers."""
 
 from __future__ import annotations
 

@@ -225,6 +225,7 @@ def doctor(as_json: AsJson = False) -> None:
         "machine": describe_machine(),
         "gemm_gflops": measure_gemm_rates(),
         "fused_kernels": native.is_available(),
+        "int8_instructions": native.has_int8(),
     }
     if as_json:
         print(json.dumps(found, indent=1))

@@ -186,6 +186,8 @@ def show_doctor(found: dict[str, Any]) -> None:
         f"ones; else padded batches of like length\n         {fused}"
     )
     whole, real = rates.get("int8") or 0, rates.get("float32") or 1
-    if found["fused_kernels"]:
+    if found["fused_kernels"] and not found["int8_instructions"]:
+        out.print("         no instructions for int8 products: --precision auto stays in float32")
+    elif found["fused_kernels"]:
         out.print(f"         int8 multiplies {whole / real:.1f} times as fast as float32: --precision auto "
                   f"{'takes it' if whole >= INT8_PAYS * real else 'stays in float32'} in fused layers")  # fmt: skip

@@ -61,6 +61,9 @@ _ATTENTION_NAMES = (
 )  # fmt: skip
 
 
+# The first number in a module's name, as peft counts layers.
+_IN_LAYER = re.compile(r"\.[^.]*\.(\d+)\.")
+
 # Upper parts of a model: one in so many layers.
 _SHARES = {"upper-half": 2, "upper-quarter": 4}
 
@@ -121,12 +124,36 @@ def find_layers(model: Any, wanted: str) -> list[int] | None:
     if wanted in _SHARES:
         return list(range(count - max(1, count // _SHARES[wanted]), count))
     first, _, last = wanted.partition("-")
-    if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first) < count):
+    if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) < count):
         raise StudyError(
             f"layers_to_transform: {wanted!r} is no choice of the layers 0 to {count - 1}{suggest(wanted, _SHARES)}; "
             f"use all, {', '.join(_SHARES)}, or a range such as {count // 2}-{count - 1}"
         )
     return list(range(int(first), int(last or first) + 1))
+
+
+def build_config(model: Any, study: StudyConfig) -> Any:
+    """The peft config of the study on `model`, of which names and layers are enough.
+
+    Raises:
+        StudyError: layers or modules that the model does not have, or a method that cannot be limited to layers.
+    """
+    method = get_method(study.method)
+    targets = find_target_modules(model, study.target_modules)
+    layers = find_layers(model, study.layers_to_transform)
+    if layers is None:
+        return method.build(study, targets)
+    if isinstance(targets, str):  # peft does not count layers where it takes all linears itself
+        targets = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                          if _IN_LAYER.search(name) and _is_linear(module)})  # fmt: skip
+    config = method.build(study, targets)
+    if not hasattr(config, "layers_to_transform"):
+        raise StudyError(f"layers_to_transform: {method.title} goes to all layers; leave it at all, or use lora")
+    found = {int(match[1]) for name, module in model.named_modules() if (match := _IN_LAYER.search(name))}
+    if not set(layers) <= found:
+        raise StudyError(f"layers_to_transform: the layers of {type(model).__name__} are not numbered; leave it at all")
+    config.layers_to_transform = layers
+    return config
 
 
 def attach_adapter(model: Any, study: StudyConfig, new_modules: list[str]) -> Any:
@@ -136,13 +163,7 @@ def attach_adapter(model: Any, study: StudyConfig, new_modules: list[str]) -> An
     """
     from peft import get_peft_model
 
-    method = get_method(study.method)
-    config = method.build(study, find_target_modules(model, study.target_modules))
-    layers = find_layers(model, study.layers_to_transform)
-    if layers is not None:
-        if not hasattr(config, "layers_to_transform"):
-            raise StudyError(f"layers_to_transform: {method.title} goes to all layers; leave it at all, or use lora")
-        config.layers_to_transform = layers
+    config = build_config(model, study)
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = _has_conv1d(model)
     config.modules_to_save = sorted({name.rpartition(".")[2] for name in new_modules}) or None
@@ -154,3 +175,10 @@ def _has_conv1d(model: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _is_linear(module: Any) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))

@@ -8,6 +8,7 @@ import torch
 
 from trimtab.engine.batches import Batch
 from trimtab.engine.forward import Forward, PackedForward
+from trimtab.engine.fused import native
 from trimtab.engine.fused.precision import GroupError, quantise_stack
 from trimtab.machine import INT8_PAYS, measure_gemm_rates
 from trimtab.progress import Progress
@@ -28,6 +29,9 @@ def choose_precision(wanted: Precision, forward: Forward, batch: Batch, progress
         progress.note("training in float32: int8 needs a Llama or BERT build, plain LoRA and a C++ compiler")
         return None
     random_state = torch.get_rng_state()  # neither measurement may change what training draws
+    if wanted == "auto" and not native.has_int8():
+        progress.note("training in float32: this processor has no instructions for int8 products")
+        return None
     if wanted == "auto":
         rates = measure_gemm_rates(("float32", "int8"))
         torch.set_rng_state(random_state)
@@ -54,7 +58,7 @@ def use_float32(forward: Forward) -> None:
 
 
 def use_trained_precision(forward: Forward, training: dict[str, Any]) -> bool:
-    """Let the frozen layers compute as they did in training; False where that was float32 already.
+    """Let the frozen layers compute as they did in training; False where that was float32, or is not to be had here.
 
     Args:
         training: a trial's training.json.
@@ -62,17 +66,12 @@ def use_trained_precision(forward: Forward, training: dict[str, Any]) -> bool:
     stack = forward.stack if isinstance(forward, PackedForward) else None
     if stack is None or training.get("precision") != "int8" or not stack.fits():
         return False
-    measured = {_place(error["layer"], error["group"]) for error in training["errors"]}
-    used = measured - set(training["kept_in_float32"])
-    for number, layer in enumerate(stack.layers):
-        for group in layer.groups:
-            if _place(number, group.name) in used:
-                group.quantise()
+    errors = [GroupError(**error) for error in training["errors"]]
+    groups = [group for layer in stack.layers[errors[0].layer :] for group in layer.groups]
+    for error, group in zip(errors, groups, strict=True):
+        if error.is_within_bounds:
+            group.quantise()
     return True
-
-
-def _place(layer: int, group: str) -> str:
-    return f"layer {layer} {group}"
 
 
 def describe_precision(errors: list[GroupError] | None) -> dict[str, Any]:
@@ -83,6 +82,6 @@ def describe_precision(errors: list[GroupError] | None) -> dict[str, Any]:
         "precision": "int8",
         "least_output_cosine": min(error.output_cosine for error in used),
         "least_gradient_cosine": min((e.gradient_cosine for e in used if e.gradient_cosine is not None), default=None),
-        "kept_in_float32": [_place(error.layer, error.group) for error in errors if error not in used],
+        "kept_in_float32": [f"layer {error.layer} {error.group}" for error in errors if error not in used],
         "errors": [error._asdict() for error in errors],
     }

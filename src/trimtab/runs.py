@@ -149,10 +149,10 @@ class _storage_errors:  # noqa: N801  (reads as a statement: `with _storage_erro
 
 
 def _first_difference(old_yaml: str, new_yaml: str) -> str:
-    """`setting: was OLD, now NEW` for the first setting that differs; `out` does not count."""
+    """`setting: was OLD, now NEW` for the first setting that differs; those that change no result do not count."""
     old, new = yaml.safe_load(old_yaml) or {}, yaml.safe_load(new_yaml)
     for name in new:
-        if name != "out" and old.get(name) != new[name]:
+        if name not in ("out", "cache_budget_gib") and old.get(name) != new[name]:
             return f"{name}: was {old.get(name)!r}, now {new[name]!r}"
     return ""
 

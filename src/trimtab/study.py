@@ -38,7 +38,7 @@ from trimtab.evaluation.evaluate import (
 )
 from trimtab.evaluation.predictions import predictions_for, read_predictions
 from trimtab.machine import describe_machine, git_state, package_versions
-from trimtab.methods import find_layers, find_target_modules, get_method
+from trimtab.methods import build_config, get_method
 from trimtab.models import build_without_weights, load_base, quiet_libraries
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
@@ -128,8 +128,7 @@ def check_model(source: ModelSource, study: StudyConfig) -> None:
         StudyError: layers to adapt that it does not have.
     """
     model = build_without_weights(source)
-    find_target_modules(model, study.target_modules)
-    find_layers(model, study.layers_to_transform)
+    build_config(model, study)
     try:
         final_linear(model)
     except NotImplementedError as error:

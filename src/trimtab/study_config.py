@@ -53,7 +53,7 @@ class StudyConfig(BaseModel):
     layers_to_transform: str = Field(
         "all",
         description="Which layers get an adapter: all, upper-half, upper-quarter, or a range such as 20-29. What lies "
-        "below the lowest one is computed once for each text and kept.",
+        "below the lowest one is kept for each text, within cache_budget_gib.",
     )
     cache_budget_gib: float = Field(
         2.0, ge=0, description="Disk for states below the lowest adapted layer, over all runs, in GiB; 0 keeps none."

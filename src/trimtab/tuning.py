@@ -6,6 +6,7 @@ The loop itself is in `engine.loop`; here its parts are chosen from the study.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ from trimtab.cache import cache_folder
 from trimtab.engine.batches import Batch, TrainingPlan
 from trimtab.engine.forward import PackedForward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.fused import native
 from trimtab.engine.fused.prefix_cache import CacheInUseError, PrefixCache, make_room
 from trimtab.engine.loop import Ending, LoopSettings, make_state, train
 from trimtab.engine.memory import keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.engine.state import TrainingState
-from trimtab.errors import TrainingError
+from trimtab.errors import StorageError, TrainingError
 from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
 from trimtab.machine import package_versions
@@ -114,8 +116,9 @@ def cached_prefix(study: StudyConfig, scorer: Scorer, base_sha256: str, progress
         yield
         return
     root = cache_folder() / "prefix"
-    needs = f"{base_sha256} layer {layers[0]} offset {scorer.choice.position_offset} {package_versions()}"
-    folder = root / hashlib.sha256(needs.encode()).hexdigest()[:16]
+    config = {name: value for name, value in scorer.base.model.config.to_dict().items() if "label" not in name}
+    needs = [base_sha256, config, layers[0], scorer.choice.position_offset, native.build_key(), package_versions()]
+    folder = root / hashlib.sha256(json.dumps(needs, sort_keys=True, default=str).encode()).hexdigest()[:16]
     try:
         room = make_room(root, folder, budget)
         cache = PrefixCache(folder, layers[0], scorer.base.model.config.hidden_size, room)
@@ -128,7 +131,10 @@ def cached_prefix(study: StudyConfig, scorer: Scorer, base_sha256: str, progress
         yield
     finally:
         stack.cache = None
-        cache.close()
+        try:
+            cache.close()
+        except (OSError, StorageError) as error:
+            progress.note(f"states below layer {cache.layer} cannot be kept for the next run: {error}")
         progress.note(
             f"states below layer {cache.layer} were taken from disk for {cache.hits:,} texts, computed for "
             f"{cache.misses:,}; {cache.bytes_used / (1 << 20):,.0f} MiB kept"

@@ -110,8 +110,23 @@ def test_a_file_that_was_cut_is_started_anew(case, tmp_path, left):
 def test_a_file_that_is_cut_meanwhile_is_noticed(case, tmp_path):
     case.stack.cache = open_cache(tmp_path)
     first = case.step()
+    others = case.step((0, 3))
     os.truncate(tmp_path / "cache" / "states.bin", 100)
+    for _ in range(3):
+        assert same(case.step((0, 3)), others)
+        assert same(case.step(), first)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not an archive"])
+def test_a_damaged_index_is_started_anew(case, tmp_path, damage):
+    case.stack.cache = open_cache(tmp_path)
+    first = case.step()
+    case.stack.cache.close()
+    (tmp_path / "cache" / "index.npz").write_bytes(damage)
+    case.stack.cache = again = open_cache(tmp_path)
+    assert not (tmp_path / "cache" / "index.npz").exists()
     assert same(case.step(), first)
+    assert again.hits == 0
 
 
 def test_the_budget_holds(case, tmp_path):
@@ -141,10 +156,12 @@ def test_adapters_below_the_layer_do_without(tiny_model, tmp_path):
     assert cache.hits == cache.misses == 0
 
 
-def test_int8_starts_above_the_cache(case, tmp_path):
-    case.stack.cache = open_cache(tmp_path)
+@pytest.mark.parametrize("cached", [True, False])
+def test_int8_starts_at_the_lowest_adapted_layer(case, tmp_path, cached):
+    case.stack.cache = open_cache(tmp_path) if cached else None
     errors = quantise_stack(case.stack, lambda: case.step()[0])
     assert {error.layer for error in errors} == {2, 3}
+    assert len({(error.layer, error.group) for error in errors}) == len(errors) == 8
 
 
 def test_room_is_made_of_what_was_used_longest_ago(tmp_path):

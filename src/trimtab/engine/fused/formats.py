@@ -41,7 +41,7 @@ class Weight(NamedTuple):
 class Int8Weight(NamedTuple):
     """values ~ int8 x column_scale; the one rounding serves both directions, laid out once for each."""
 
-    column_scale: Tensor  # [columns]
+    column_scale: Tensor  # [columns]; the memory behind it goes on with zeros to a whole tile, which kernels read
     forward: Panels
     backward: Panels
 

@@ -134,9 +134,11 @@ class BertLayer:
 
     def __init__(self, layer: Any, heads: Heads, kernels: Kernels) -> None:
         qkv = LinearGroup(layer.attention.self, ["query", "key", "value"], kernels)
-        self.attention = AttentionPart(heads, qkv, LinearGroup(layer.attention.output, ["dense"], kernels))
-        self.up = LinearGroup(layer.intermediate, ["dense"], kernels)
-        self.down = LinearGroup(layer.output, ["dense"], kernels)
+        self.attention = AttentionPart(
+            heads, qkv, LinearGroup(layer.attention.output, ["dense"], kernels, "attention.output")
+        )
+        self.up = LinearGroup(layer.intermediate, ["dense"], kernels, "intermediate")
+        self.down = LinearGroup(layer.output, ["dense"], kernels, "output")
         self.norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
         self.kernels = kernels
 

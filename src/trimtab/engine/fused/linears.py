@@ -38,8 +38,9 @@ class LinearGroup:
     own weights become views of the group's.
     """
 
-    def __init__(self, parent: nn.Module, names: Sequence[str], kernels: Kernels) -> None:
+    def __init__(self, parent: nn.Module, names: Sequence[str], kernels: Kernels, name: str | None = None) -> None:
         self.parent, self.names, self.kernels = parent, names, kernels
+        self.name = name or "+".join(names)  # tells it from the other groups of its layer
         bases = [_base_of(getattr(parent, name)) for name in names]
         if len({base.bias is None for base in bases}) > 1:
             raise AttributeError(f"only some of {', '.join(names)} have a bias")
@@ -55,8 +56,8 @@ class LinearGroup:
         self.adapters: tuple[Adapter, ...] = ()
 
     @property
-    def name(self) -> str:
-        return "+".join(self.names)
+    def can_quantise(self) -> bool:
+        return not any(side % 4 for side in self.weight.values.shape)
 
     def quantise(self) -> None:
         """Compute with int8 from now on: the weight has one scale a column of the product, rows one each.
@@ -110,6 +111,7 @@ class LinearGroup:
         """The product + addend."""
         if self.weight.int8 is None and self.weight.tiles is None:  # not held beside int8
             self.weight = self.weight._replace(tiles=self.kernels.lay_out(self.weight.values))
+        assert rows.values is not None or not self.adapters
         kept = self._adapt(rows.values) if self.adapters and rows.values is not None else None
         low_rank = None if kept is None else kept.low_rank
         return self.kernels.linear(rows, self.weight, self.bias, low_rank, addend), kept

@@ -64,20 +64,27 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, built where it is not there yet; None where that cannot be done."""
     if platform.system() != "Linux":
         return None
-    folder = resources.files("trimtab.engine.fused").joinpath("kernels")
-    sources = {file.name: file.read_bytes() for file in sorted(folder.iterdir(), key=lambda file: file.name)}
-    named = [part for name, code in sources.items() for part in (name.encode(), code)]
-    key = hashlib.sha256(b"\0".join([*named, *map(str.encode, (*_FLAGS, _processor()))])).hexdigest()[:16]
-    path = cache_folder() / "kernels" / f"{key}.so"
+    path = cache_folder() / "kernels" / f"{build_key()}.so"
     try:
         return ctypes.CDLL(str(path))
     except OSError:
         pass  # not there yet, or no longer fit for this system
     try:
-        _build(sources, path)
+        _build(_sources(), path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def build_key() -> str:
+    """Names the kernels as they are built here: their sources, flags and processor."""
+    named = [part for name, code in _sources().items() for part in (name.encode(), code)]
+    return hashlib.sha256(b"\0".join([*named, *map(str.encode, (*_FLAGS, _processor()))])).hexdigest()[:16]
+
+
+def _sources() -> dict[str, bytes]:
+    folder = resources.files("trimtab.engine.fused").joinpath("kernels")
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir(), key=lambda file: file.name)}
 
 
 def _processor() -> str:

@@ -62,14 +62,15 @@ class _Seen:
 def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupError]:
     """Let every group compute in int8 whose error in one pass stays within bounds; returns all errors.
 
-    Layers below a prefix cache stay in float32: they run once for each text.
+    Layers below the lowest adapted one stay in float32: a prefix cache runs them once for each text.
 
     Args:
         run: one forward and backward through the stack, on a batch of real rows.
     """
     for group in stack.groups:
         group.use_float32()
-    lowest = 0 if stack.cache is None else stack.cache.layer
+    stack.fits()  # reads the adapters
+    lowest = stack.trained or 0
     places = [
         (number, group) for number, layer in enumerate(stack.layers) if number >= lowest for group in layer.groups
     ]
@@ -81,6 +82,9 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupErro
             group_seen.forget()
     errors = []
     for (number, group), group_seen in zip(places, seen, strict=True):
+        if not group.can_quantise:
+            errors.append(GroupError(number, group.name, 0.0, None))
+            continue
         group.quantise()
         errors.append(_measure(number, group, group_seen))
         if not errors[-1].is_within_bounds:

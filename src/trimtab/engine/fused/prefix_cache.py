@@ -1,13 +1,15 @@
 """States that enter the lowest adapted layer, of texts seen before: nothing below trains, so they never change.
 
 Kept in a plain file, read where they lie (the system's page cache holds what is used), found by a hash of a text's
-tokens. The folder's name must tell all else that they depend on: base, layer, position offset.
+tokens. The folder's name must tell all else that they depend on: base, layer, position offset, kernels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from trimtab.runs import write_file
 
+_LEFT_FREE_BYTES = 1 << 30
 _BYTES = 4  # float32: what is read back is what was computed, to the last bit
 
 
@@ -44,22 +47,21 @@ class PrefixCache:
             self._lock.acquire(blocking=False)
         except Timeout as error:
             raise CacheInUseError(str(folder)) from error
-        self._file = (folder / "states.bin").open("a+b", buffering=0)
-        self._places = self._read_index()
+        self._file = os.open(folder / "states.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        self._places, self._end = self._read_index()
+        if not self._places:
+            self._index.unlink(missing_ok=True)  # before what it may point to is written over
+        os.ftruncate(self._file, self._end)
 
-    def _read_index(self) -> dict[bytes, int]:
-        """Offsets of the texts that the index lists; what was written after it is cut off."""
-        places: dict[bytes, int] = {}
-        end = 0
-        if self._index.is_file():
+    def _read_index(self) -> tuple[dict[bytes, int], int]:
+        """Offsets of the texts that the index lists, and where they end; nothing where it cannot be trusted."""
+        try:
             with np.load(self._index, allow_pickle=False) as index:
                 places = dict(zip(map(bytes, index["keys"]), map(int, index["offsets"]), strict=True))
                 end = int(index["end"])
-        if os.fstat(self._file.fileno()).st_size < end:
-            places, end = {}, 0
-        self._file.truncate(end)
-        self._end = end
-        return places
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return {}, 0
+        return (places, end) if os.fstat(self._file).st_size >= end else ({}, 0)
 
     @property
     def bytes_used(self) -> int:
@@ -70,7 +72,7 @@ class PrefixCache:
         rows = [inputs[name][0].numpy() for name in ("input_ids", "token_type_ids") if name in inputs]
         keys, start = [], 0
         for length in lengths:
-            digest = hashlib.blake2b(digest_size=16)
+            digest = hashlib.blake2b(length.to_bytes(8, "little"), digest_size=16)
             for row in rows:
                 digest.update(row[start : start + length].tobytes())
             keys.append(digest.digest())
@@ -86,7 +88,7 @@ class PrefixCache:
         start = 0
         for key, length in zip(keys, lengths, strict=True):
             part = states[start : start + length]
-            if os.preadv(self._file.fileno(), [part.data], self._places[key]) != part.nbytes:
+            if os.preadv(self._file, [part.data], self._places[key]) != part.nbytes:
                 self._places.clear()  # someone cut the file
                 return None
             start += length
@@ -100,29 +102,34 @@ class PrefixCache:
             if key in self._places or self._end + size > self.budget_bytes:
                 continue
             try:
-                written = self._file.write(part.contiguous().numpy().tobytes())
+                written = os.pwrite(self._file, part.contiguous().numpy().data, self._end)
             except OSError:  # the disk is full
                 written = 0
             if written != size:
                 self.budget_bytes = 0
-                self._file.truncate(self._end)
                 return
             self._places[key] = self._end
             self._end += size
 
     def close(self) -> None:
-        """Write the index, so that the next process finds what is here."""
+        """Write the index, so that the next process finds what is here.
+
+        Raises:
+            StorageError, OSError: it cannot be written; nothing is held open all the same.
+        """
         keys = np.frombuffer(b"".join(self._places), dtype="V16")
         offsets = np.fromiter(self._places.values(), dtype=np.int64)
-        os.fsync(self._file.fileno())
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
                 np.savez(file, keys=keys, offsets=offsets, end=np.int64(self._end))
 
-        write_file(self._index, write)
-        self._file.close()
-        self._lock.release()
+        try:
+            os.fsync(self._file)
+            write_file(self._index, write)
+        finally:
+            os.close(self._file)
+            self._lock.release()
 
 
 class Prefix:
@@ -137,9 +144,9 @@ class Prefix:
 
 
 def make_room(root: Path, folder: Path, budget_bytes: int) -> int:
-    """Bytes that `folder` may use of a budget for all caches under `root`.
+    """Bytes that `folder` may use of a budget for all caches under `root`, and of what the disk has left.
 
-    The others are deleted, those used longest ago first, until they take no more than half of it.
+    The others are deleted, those used longest ago first, until they take no more than half of the budget.
     """
     others = [path for path in root.glob("*") if path.is_dir() and path != folder]
     used = {path: sum(file.stat().st_size for file in path.glob("*")) for path in others}
@@ -153,4 +160,7 @@ def make_room(root: Path, folder: Path, budget_bytes: int) -> int:
         except Timeout:
             continue
         used.pop(path)
-    return max(0, budget_bytes - sum(used.values()))
+    existing = next(path for path in (root, *root.absolute().parents) if path.is_dir())
+    own = sum(file.stat().st_size for file in folder.glob("*"))
+    on_disk = own + shutil.disk_usage(existing).free - _LEFT_FREE_BYTES
+    return max(0, min(budget_bytes - sum(used.values()), on_disk))

@@ -89,7 +89,7 @@ class LayerStack:
     ) -> Tensor:
         """States [tokens, hidden] after the last layer, of `rows` only where given.
 
-        `states` enter the first layer, or the prefix's where that knows them.
+        `states` enter the first layer; where the prefix knows these texts, they are its states.
         """
         starts = torch.tensor([0, *accumulate(_lengths_of(runs))], device=states.device)
         batch = Batch(starts, rotary, rows, prefix)

@@ -44,11 +44,12 @@ extern "C" {
 void lora_forward(const float* values, const Adapter* parts, int64_t adapters, int64_t rank, int64_t n, int64_t width,
                   int64_t seed, int64_t dropped, int64_t tokens, float* small, float* b) {
   const int64_t columns = padded(rank), all = adapters * rank;
-  static Buffer turned;
-  turned.assign(adapters * n * columns, 0.0f);
+  static thread_local Buffer turned_buffer;  // the caller's; its threads share it through the pointer
+  turned_buffer.assign(adapters * n * columns, 0.0f);
+  float* turned = turned_buffer.data();
   std::memset(b, 0, all * width * sizeof(float));
   for (int64_t m = 0; m < adapters; m++) {
-    turn_rows(parts[m].a, n, rank, n, turned.data() + m * n * columns, columns);
+    turn_rows(parts[m].a, n, rank, n, turned + m * n * columns, columns);
     for (int64_t i = parts[m].start; i < parts[m].stop; i++)
       for (int64_t r = 0; r < rank; r++)
         b[(m * rank + r) * width + i] = parts[m].b[(i - parts[m].start) * rank + r] * parts[m].scaling;
@@ -61,8 +62,7 @@ void lora_forward(const float* values, const Adapter* parts, int64_t adapters, i
       for (int64_t m = 0; m < adapters; m++) {
         for (int64_t r = 0; r < rows; r++)
           mask_row(values + (t + r) * n, seed, dropped, (t + r) * adapters + m, n, masked.data() + r * n);
-        multiply(rows, columns, n, masked.data(), n, 1, turned.data() + m * n * columns, columns, sums.data(), columns,
-                 false);
+        multiply(rows, columns, n, masked.data(), n, 1, turned + m * n * columns, columns, sums.data(), columns, false);
         for (int64_t r = 0; r < rows; r++)
           std::memcpy(small + (t + r) * all + m * rank, sums.data() + r * columns, rank * sizeof(float));
       }
@@ -79,24 +79,26 @@ void lora_backward(const float* values, const Adapter* parts, int64_t adapters, 
   const int64_t chunk = 4 * ROWS, chunks = (tokens + chunk - 1) / chunk;
   // Sums of a fixed number of parts in a fixed order: the same bits on every run.
   const int64_t side_by_side = chunks < PARTS ? chunks : PARTS;
-  static Buffer weights, scaled_b, a_sums, b_sums;
-  weights.resize(all * columns);
-  scaled_b.assign(adapters * width * ranks, 0.0f);
+  static thread_local Buffer weights_buffer, b_buffer, a_sums_buffer, b_sums_buffer;  // shared as above
+  weights_buffer.resize(all * columns);
+  b_buffer.assign(adapters * width * ranks, 0.0f);
+  a_sums_buffer.resize(side_by_side * all * columns);
+  b_sums_buffer.resize(side_by_side * all * outs);
+  float *weights = weights_buffer.data(), *scaled_b = b_buffer.data();
+  float *a_sums = a_sums_buffer.data(), *b_sums = b_sums_buffer.data();
   for (int64_t m = 0; m < adapters; m++) {
     for (int64_t r = 0; r < rank; r++)
-      std::memcpy(weights.data() + (m * rank + r) * columns, parts[m].a + r * n, n * sizeof(float));
+      std::memcpy(weights + (m * rank + r) * columns, parts[m].a + r * n, n * sizeof(float));
     for (int64_t i = parts[m].start; i < parts[m].stop; i++)
       for (int64_t r = 0; r < rank; r++)
         scaled_b[(m * width + i) * ranks + r] = parts[m].b[(i - parts[m].start) * rank + r] * parts[m].scaling;
   }
-  a_sums.resize(side_by_side * all * columns);
-  b_sums.resize(side_by_side * all * outs);
   PARALLEL {
     static thread_local Buffer masked, back, by_small, part_of_grad;
     masked.assign(chunk * columns, 0.0f), back.resize(chunk * columns), by_small.resize(chunk * ranks);
     _Pragma("omp for schedule(static)") for (int64_t part = 0; part < side_by_side; part++) {
-      std::memset(a_sums.data() + part * all * columns, 0, all * columns * sizeof(float));
-      std::memset(b_sums.data() + part * all * outs, 0, all * outs * sizeof(float));
+      std::memset(a_sums + part * all * columns, 0, all * columns * sizeof(float));
+      std::memset(b_sums + part * all * outs, 0, all * outs * sizeof(float));
       for (int64_t c = part * chunks / side_by_side; c < (part + 1) * chunks / side_by_side; c++) {
         const int64_t t = c * chunk, rows = tokens - t < chunk ? tokens - t : chunk;
         if (delta && addend) std::memcpy(delta + t * n, addend + t * n, rows * n * sizeof(float));
@@ -110,16 +112,16 @@ void lora_backward(const float* values, const Adapter* parts, int64_t adapters, 
             g = part_of_grad.data();
             step = padded(span);
           }
-          multiply(rows, ranks, span, g, step, 1, scaled_b.data() + (m * width + start) * ranks, ranks, by_small.data(),
+          multiply(rows, ranks, span, g, step, 1, scaled_b + (m * width + start) * ranks, ranks, by_small.data(),
                    ranks, false);
           multiply(rank, padded(span), rows, small + t * all + m * rank, 1, all, g, step,
-                   b_sums.data() + (part * all + m * rank) * outs, outs, true);
+                   b_sums + (part * all + m * rank) * outs, outs, true);
           for (int64_t r = 0; r < rows; r++)
             mask_row(values + (t + r) * n, seed, dropped, (t + r) * adapters + m, n, masked.data() + r * columns);
           multiply(rank, columns, rows, by_small.data(), 1, ranks, masked.data(), columns,
-                   a_sums.data() + (part * all + m * rank) * columns, columns, true);
+                   a_sums + (part * all + m * rank) * columns, columns, true);
           if (!delta) continue;
-          multiply(rows, columns, rank, by_small.data(), ranks, 1, weights.data() + m * rank * columns, columns,
+          multiply(rows, columns, rank, by_small.data(), ranks, 1, weights + m * rank * columns, columns,
                    back.data(), columns, false);
           for (int64_t r = 0; r < rows; r++) {
             float *from = back.data() + r * columns, *to = delta + (t + r) * n;

@@ -223,6 +223,7 @@ inline void rows_of_panel(const Kind& kind, int64_t begin, int64_t end, int64_t 
 // visit(panel, first row, last row): this thread's share of all panels; as few of them as can be in two halves.
 template <class Visit>
 inline void share_panels(int64_t tokens, int64_t columns, Visit visit) {
+  if (!tokens) return;
   const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
   const int64_t share = ((tokens + threads - 1) / threads + ROWS - 1) / ROWS * ROWS;
   const int64_t blocks = (tokens + share - 1) / share, all = (columns + WIDTH - 1) / WIDTH * blocks;
