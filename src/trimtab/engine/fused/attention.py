@@ -23,9 +23,7 @@ def attention_forward(projected: Tensor, starts: Tensor, heads: Heads) -> tuple[
     return torch.cat([_attend(text, heads) for text in _texts(projected, starts)]), sums
 
 
-def attention_backward(
-    grad: Tensor, projected: Tensor, attended: Tensor, sums: Tensor, starts: Tensor, heads: Heads
-) -> Tensor:
+def attention_backward(grad: Tensor, projected: Tensor, sums: Tensor, starts: Tensor, heads: Heads) -> Tensor:
     """Gradient of `projected` from that of what was attended."""
     found: list[Tensor] = []
     for text, by_text in zip(_texts(projected, starts), _texts(grad, starts), strict=True):

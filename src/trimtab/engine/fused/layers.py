@@ -12,7 +12,6 @@ from torch import Tensor
 
 from trimtab.engine.fused.formats import Heads, Rotary, Rows, Want
 from trimtab.engine.fused.linears import Kernels, LinearGroup
-from trimtab.engine.fused.prefix_cache import Prefix
 
 _VALUES = Want(True, False)
 
@@ -21,13 +20,12 @@ _VALUES = Want(True, False)
 class Batch:
     """What all layers of a pass share: `starts` are the texts' first tokens, then the number of tokens.
 
-    `rows` are the tokens that are asked for, None for all; `prefix` what a cache knows of these texts.
+    `rows` are the tokens that are asked for, None for all.
     """
 
     starts: Tensor
     rotary: Rotary | None = None
     rows: Tensor | None = None
-    prefix: Prefix | None = None
 
 
 class AttentionPart:
@@ -49,19 +47,19 @@ class AttentionPart:
             merged = _select(merged, selected)
             residual = residual.index_select(0, selected)
         middle, kept_output = self.output.forward(merged, residual)
-        return middle, (kept_qkv, projected, attended, sums, kept_output)
+        return middle, (kept_qkv, projected, sums, kept_output)
 
     def backward(
         self, grad: Rows, saved: Any, batch: Batch, selected: Tensor | None, needs_input: bool,
         residual: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
         """Gradients of the rows, + residual, and of the adapters' parameters."""
-        kept_qkv, projected, attended, sums, kept_output = saved
+        kept_qkv, projected, sums, kept_output = saved
         by_attended, of_output = self.output.backward(grad, kept_output)
         assert by_attended is not None
         if selected is not None:
             by_attended = _spread(by_attended, selected, len(projected))
-        grads = self.kernels.attention_backward(by_attended, projected, attended, sums, batch.starts, self.heads)
+        grads = self.kernels.attention_backward(by_attended, projected, sums, batch.starts, self.heads)
         by_projected = self.kernels.rotate_heads_backward(
             grads, batch.rotary, self.heads.shape, self.qkv.wants_gradient
         )

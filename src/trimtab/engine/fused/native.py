@@ -302,9 +302,7 @@ def attention_forward(projected: Tensor, starts: Tensor, heads: Heads) -> tuple[
     return out, sums
 
 
-def attention_backward(
-    grad: Tensor, projected: Tensor, attended: Tensor, sums: Tensor, starts: Tensor, heads: Heads
-) -> Tensor:
+def attention_backward(grad: Tensor, projected: Tensor, sums: Tensor, starts: Tensor, heads: Heads) -> Tensor:
     out = torch.empty_like(projected)
     _call("attention_backward", grad, projected, sums, starts, len(starts) - 1, *_of_heads(heads), out)
     return out

@@ -92,15 +92,15 @@ class LayerStack:
         `states` enter the first layer; where the prefix knows these texts, they are its states.
         """
         starts = torch.tensor([0, *accumulate(_lengths_of(runs))], device=states.device)
-        batch = Batch(starts, rotary, rows, prefix)
+        batch = Batch(starts, rotary, rows)
         if not (torch.is_grad_enabled() and self.parameters):
             with torch.no_grad():
-                return self.forward(states, batch, None)
-        result: Tensor = _StackFunction.apply(states.detach(), self, batch, *self.parameters)  # type: ignore[no-untyped-call]
+                return self.forward(states, batch, prefix, None)
+        result: Tensor = _StackFunction.apply(states.detach(), self, batch, prefix, *self.parameters)  # type: ignore[no-untyped-call]
         return result
 
-    def forward(self, states: Tensor, batch: Batch, saved: list[Any] | None) -> Tensor:
-        prefix, last = batch.prefix, len(self.layers) - 1
+    def forward(self, states: Tensor, batch: Batch, prefix: Prefix | None, saved: list[Any] | None) -> Tensor:
+        last = len(self.layers) - 1
         first = prefix.cache.layer if prefix is not None and prefix.states is not None else 0
         rows = self.kernels.rows_of(states, self.layers[first].wants)
         for number, layer in enumerate(self.layers[first:], first):
@@ -133,14 +133,16 @@ def _lengths_of(runs: Sequence[Run]) -> list[int]:
 
 class _StackFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, stack: LayerStack, batch: Batch, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, stack: LayerStack, batch: Batch, prefix: Prefix | None, *parameters: Tensor
+    ) -> Tensor:
         ctx.stack, ctx.batch, ctx.kept = stack, batch, []
-        return stack.forward(states, batch, ctx.kept)
+        return stack.forward(states, batch, prefix, ctx.kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *ctx.stack.backward(grad, ctx.batch, ctx.kept)
+        return None, None, None, None, *ctx.stack.backward(grad, ctx.batch, ctx.kept)
 
 
 def build_stack(backbone: Any, kernels: Kernels) -> LayerStack | None:

@@ -9,7 +9,7 @@
 
 #include "vectors.h"
 
-#if defined(__AVX512VNNI__) || defined(__AVX512F__)
+#ifdef __AVX512VNNI__
 #include <immintrin.h>
 #endif
 
