@@ -27,7 +27,7 @@ from trimtab.evaluation.baselines import fit_linear_probe
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import attach_adapter, learning_rate_of
 from trimtab.models import load_base, quiet_libraries
-from trimtab.precision import choose_precision, use_float32
+from trimtab.precision import NumberFormat, use_float32, use_precision
 from trimtab.progress import Silent
 from trimtab.sources import locate_model
 from trimtab.study_config import StudyConfig, build_study
@@ -71,10 +71,10 @@ def make_study(arguments: argparse.Namespace) -> StudyConfig:
             "model": arguments.model,
             "train_data": "starter:rotten-tomatoes",
             "max_length_tokens": 128,
-            "max_train_rows": 2000,
+            "max_train_rows": arguments.train_rows,
             "max_validation_rows": 400,
             "max_test_rows": 1000,
-            "num_train_epochs": 2,
+            "num_train_epochs": arguments.epochs,
             "evaluations_per_epoch": 4,
             "early_stopping_patience": 100,
             "seed": arguments.seed,
@@ -90,10 +90,12 @@ def mean_length(encoded: EncodedRows) -> float:
 class TrimtabContender:
     def __init__(self, study: StudyConfig, data: PreparedData) -> None:
         self.study, self.data = study, data
+        self.precision: NumberFormat = "int8" if study.precision == "int8" else "float32"
         base = load_base(locate_model(study.model, Silent()), data.label_names, study.seed)
         self.scorer = make_scorer(base, study.max_length_tokens, Silent())
         self.train, self.validation, self.test = map(self.scorer.encode, (data.train, data.validation, data.test))
         keep_freed_memory()
+        self.is_ready = False  # to score in its precision
 
     def attach(self) -> None:
         torch.manual_seed(self.study.seed)
@@ -103,9 +105,13 @@ class TrimtabContender:
         self.state = make_state(trainable_parameters(self.peft_model), self.study.weight_decay)
         # Half a text over the mean fills the batches to the peer's tokens on average.
         budget = round((BATCH_ROWS + 0.5) * mean_length(self.train))
-        self.plan = TrainingPlan(self.scorer.collator(self.train), budget, self.study.seed, 2)
+        self.plan = TrainingPlan(self.scorer.collator(self.train), budget, self.study.seed, self.study.num_train_epochs)
         set_adapter_training(self.peft_model, True)
-        choose_precision(self.study.precision, self.scorer.choice.forward, self.plan[0], Silent())
+        use_precision(self.precision, self.scorer.choice.forward, self.plan[0], Silent(), training=True)
+
+    def use_precision_for_scoring(self) -> None:
+        batch = self.scorer.first_batch(self.train)
+        use_precision(self.precision, self.scorer.choice.forward, batch, Silent(), training=False)
 
     def training_turns(self, turns: Turns) -> None:
         self.attach()
@@ -139,6 +145,9 @@ class TrimtabContender:
         )
 
     def evaluation_turn(self, rows: int) -> tuple[int, float]:
+        if not self.is_ready:
+            self.use_precision_for_scoring()
+            self.is_ready = True
         scores = self.scorer.score(EncodedRows(self.test.examples[:rows], 0))
         return scores.tokens, scores.seconds
 
@@ -146,6 +155,7 @@ class TrimtabContender:
         """Everything from the loaded base on counts: features, probe, validation, steps."""
         started = time.perf_counter()
         rest = EncodedRows([*self.train.examples, *self.validation.examples], 0)
+        self.use_precision_for_scoring()
         features = self.scorer.score(rest, features=True).features
         assert features is not None
         train_features, validation_features = torch.split(features, [len(self.data.train), len(self.data.validation)])
@@ -204,7 +214,7 @@ class TrainerContender:
             output_dir=os.path.join(os.environ.get("TMPDIR", "/tmp"), "trimtab-benchmark"),
             per_device_train_batch_size=BATCH_ROWS,
             per_device_eval_batch_size=BATCH_ROWS,
-            num_train_epochs=2,
+            num_train_epochs=self.study.num_train_epochs,
             learning_rate=PEER_LEARNING_RATE,
             lr_scheduler_type="cosine",
             warmup_steps=0.06,
@@ -274,6 +284,8 @@ def main() -> None:
     parser.add_argument("--model", default="starter:minilm-l6")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=160, help="rows scored in a turn")
+    parser.add_argument("--train-rows", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()
     quiet_libraries()
     study = make_study(arguments)

@@ -39,20 +39,10 @@ RESULTS = Path(__file__).parent / "results"
 class Worker:
     """One contender in a process of its own, waiting for its turn."""
 
-    def __init__(self, contender: str, work: str, model: str, rows: int = 0, seed: int = 0) -> None:
+    def __init__(self, contender: str, work: str, model: str, **settings: Any) -> None:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         here = Path(__file__).with_name("contenders.py")
-        command = [
-            sys.executable,
-            str(here),
-            contender,
-            work,
-            "--model",
-            model,
-            "--rows",
-            str(rows),
-            "--seed",
-            str(seed),
-        ]
+        command = [sys.executable, str(here), contender, work, f"--model={model}", *flags]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -82,9 +72,9 @@ def measure_throughput(model: str, work: str) -> dict[str, Any]:
     """Medians of real tokens a second over windows, and ratios taken window by window."""
     workers = {}
     turns = TRAINING_TURNS if work == "train" else WINDOWS
-    names = (*OURS, *PEERS) if work == "train" else ("trimtab", "dynamic")
+    names = (*OURS, *PEERS) if work == "train" else (*OURS, "dynamic")
     for name in names:  # one warms up at a time
-        workers[name] = Worker(name, work, model, EVALUATION_ROWS[model])
+        workers[name] = Worker(name, work, model, rows=EVALUATION_ROWS[model])
         workers[name].read()
     sums = {name: np.zeros((WINDOWS, 2)) for name in workers}
     for turn in range(turns):
@@ -101,37 +91,40 @@ def measure_throughput(model: str, work: str) -> dict[str, Any]:
     return found
 
 
-def measure_learning(model: str, seeds: list[int]) -> dict[str, Any]:
-    """Wall time to the grouped peer's final validation accuracy, and both test accuracies, paired."""
+def measure_learning(model: str, seeds: list[int], train_rows: int, epochs: int) -> dict[str, Any]:
+    """Wall time to the grouped peer's final validation accuracy, and test accuracies, paired."""
     runs = []
-    ours_all, theirs_all, labels_all = [], [], []
+    predicted: dict[str, list[int]] = {name: [] for name in ("grouped", *OURS)}
+    labels: list[int] = []
     for seed in seeds:
-        peer, ours = (Worker(name, "learn", model, seed=seed).read() for name in ("grouped", "trimtab"))
-        target = peer["validation"][-1][1]
-        reached = next((seconds for seconds, accuracy in ours["validation"] if accuracy >= target), None)
-        labels = np.array(peer["labels"])
-        runs.append(
-            {
-                "seed": seed,
-                "peer_seconds": peer["seconds"],
-                "peer_validation_accuracy": target,
-                "trimtab_seconds_to_reach_it": reached,
-                "ratio": None if reached is None else reached / peer["seconds"],
-                "trimtab_seconds": ours["seconds"],
-                "peer_test_accuracy": float(np.mean(labels == peer["predicted"])),
-                "trimtab_test_accuracy": float(np.mean(labels == ours["predicted"])),
-            }
-        )
-        print(f"  {json.dumps(runs[-1])}", flush=True)
-        ours_all += ours["predicted"]
-        theirs_all += peer["predicted"]
-        labels_all += [f"{seed}:{i}" for i in range(len(labels))]
-        runs[-1]["labels"] = labels.tolist()
-    labels = np.concatenate([run.pop("labels") for run in runs])
-    contrast = compare_two(
-        *(_as_predictions(labels_all, labels, p) for p in (theirs_all, ours_all)), ("peer", "trimtab")
-    )
-    return {"runs": runs, "contrast": contrast["contrasts"][0]}
+        found = {}
+        for name in predicted:
+            worker = Worker(name, "learn", model, seed=seed, train_rows=train_rows, epochs=epochs)
+            found[name] = worker.read()
+            worker.stop()
+            predicted[name] += found[name]["predicted"]
+        labels += found["grouped"]["labels"]
+        target = found["grouped"]["validation"][-1][1]
+        run = {"seed": seed, "peer_seconds": found["grouped"]["seconds"], "peer_validation_accuracy": target}
+        for name, one in found.items():
+            right = np.mean(np.array(one["labels"]) == one["predicted"])
+            run[name] = {"test_accuracy": float(right), "seconds": one["seconds"], "validation": one["validation"]}
+            if name in OURS:
+                reached = next((seconds for seconds, accuracy in one["validation"] if accuracy >= target), None)
+                run[name] |= {
+                    "seconds_to_reach_it": reached,
+                    "ratio": None if reached is None else reached / run["peer_seconds"],
+                }
+        print(f"  {json.dumps(run)}", flush=True)
+        runs.append(run)
+    ids = [str(number) for number in range(len(labels))]
+    contrasts = {
+        name: compare_two(
+            *(_as_predictions(ids, np.array(labels), predicted[one]) for one in ("grouped", name)), ("peer", name)
+        )["contrasts"][0]
+        for name in OURS
+    }
+    return {"train_rows": train_rows, "epochs": epochs, "runs": runs, "contrasts": contrasts}
 
 
 def _as_predictions(ids: list[str], labels: Any, predicted: list[int]) -> Predictions:
@@ -156,6 +149,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(LINEAR_PARAMETERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", choices=["throughput", "learning"])
+    parser.add_argument("--train-rows", type=int, default=2000, help="of the learning runs")
+    parser.add_argument("--epochs", type=int, default=2, help="of the learning runs")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     about = {"machine": describe_machine(), "versions": package_versions()}
@@ -169,9 +164,10 @@ def main() -> None:
                 print_throughput(model, work, found[work], gemm["float32"] or 0)
             (RESULTS / f"throughput-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         if arguments.only != "throughput":
-            learnt = {**about, **measure_learning(model, arguments.seeds)}
-            (RESULTS / f"learning-{name}.json").write_text(json.dumps(learnt, indent=1) + "\n")
-            print(f"  {model}: {json.dumps(learnt['contrast'])}", flush=True)
+            learnt = {**about, **measure_learning(model, arguments.seeds, arguments.train_rows, arguments.epochs)}
+            file = f"learning-{name}-{arguments.train_rows}x{arguments.epochs}.json"
+            (RESULTS / file).write_text(json.dumps(learnt, indent=1) + "\n")
+            print(f"  {model}: {json.dumps(learnt['contrasts'])}", flush=True)
 
 
 if __name__ == "__main__":

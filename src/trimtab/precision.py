@@ -1,60 +1,81 @@
-"""The number format of the frozen layers in training: chosen by measurement, told, and undone for scoring."""
+"""The number format of the frozen layers: chosen by measurement, told, and undone for scoring."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from trimtab.engine.batches import Batch
 from trimtab.engine.forward import Forward, PackedForward
 from trimtab.engine.fused import native
-from trimtab.engine.fused.precision import GroupError, quantise_stack
-from trimtab.machine import INT8_PAYS, measure_gemm_rates
+from trimtab.engine.fused.precision import GroupError, measure_int8_gain, quantise_stack
+from trimtab.engine.fused.stack import LayerStack
+from trimtab.machine import INT8_PAYS
 from trimtab.progress import Progress
 from trimtab.study_config import Precision
 from trimtab.tasks.classification import classification_loss
 
+NumberFormat = Literal["float32", "int8"]
 
-def choose_precision(wanted: Precision, forward: Forward, batch: Batch, progress: Progress) -> list[GroupError] | None:
-    """Let the frozen layers compute as `wanted`; says so, and returns the error of each where that is int8.
+
+def choose_precision(wanted: Precision, forward: Forward, progress: Progress) -> NumberFormat:
+    """The number format in which this forward's frozen layers shall compute; says why where that is not `wanted`."""
+    if wanted == "float32":
+        return "float32"
+    stack = _stack_of(forward)
+    if stack is None:
+        progress.note("frozen layers in float32: int8 needs a Llama or BERT build and a C++ compiler")
+        return "float32"
+    if wanted == "auto":
+        if not native.has_int8():
+            progress.note("frozen layers in float32: this processor has no instructions for int8 products")
+            return "float32"
+        gain = measure_int8_gain(stack)
+        if gain < INT8_PAYS:
+            progress.note(f"frozen layers in float32: int8 multiplies only {gain:.1f} times as fast here")
+            return "float32"
+        progress.note(f"frozen layers in int8: it multiplies {gain:.1f} times as fast as float32 here")
+    return "int8"
+
+
+def use_precision(
+    precision: NumberFormat, forward: Forward, batch: Batch, progress: Progress, *, training: bool
+) -> list[GroupError] | None:
+    """Let the frozen layers compute as chosen; says so, and returns the error of each where that is int8.
 
     Args:
         batch: training rows on which each group's error is measured.
+        training: measure the input gradients' errors, too; layers below the lowest adapted one stay in float32.
     """
-    if wanted == "float32":
+    stack = _stack_of(forward)
+    if precision == "float32" or stack is None:
         return None
-    stack = forward.stack if isinstance(forward, PackedForward) else None
-    if stack is None or not stack.fits():
-        progress.note("training in float32: int8 needs a Llama or BERT build, plain LoRA and a C++ compiler")
+    if not stack.fits():
+        progress.note("training in float32: int8 needs plain LoRA")
         return None
-    random_state = torch.get_rng_state()  # neither measurement may change what training draws
-    if wanted == "auto" and not native.has_int8():
-        progress.note("training in float32: this processor has no instructions for int8 products")
-        return None
-    if wanted == "auto":
-        rates = measure_gemm_rates(("float32", "int8"))
-        torch.set_rng_state(random_state)
-        whole, real = rates["int8"] or 0.0, rates["float32"] or 1.0
-        if whole < INT8_PAYS * real:
-            progress.note(f"training in float32: int8 multiplies only {whole / real:.1f} times as fast here")
-            return None
 
     def run() -> None:
-        classification_loss(forward(batch), batch.labels).backward()  # type: ignore[no-untyped-call]
+        if training:
+            classification_loss(forward(batch), batch.labels).backward()  # type: ignore[no-untyped-call]
+        else:
+            forward(batch)
 
-    errors = quantise_stack(stack, run)
+    random_state = torch.get_rng_state()  # the measurement may not change what training draws
+    with torch.set_grad_enabled(training):
+        errors = quantise_stack(stack, run)
     torch.set_rng_state(random_state)
     kept = sum(not error.is_within_bounds for error in errors)
-    progress.note(f"training in int8: {len(errors) - kept} of {len(errors)} groups of layers; {kept} stay in float32")
+    what = "training" if training else "features"
+    progress.note(f"{what} in int8: {len(errors) - kept} of {len(errors)} groups of layers; {kept} stay in float32")
     return errors
 
 
 def use_float32(forward: Forward) -> None:
-    """Scores are float32 for every system, whatever it was trained in."""
-    if isinstance(forward, PackedForward) and forward.stack is not None:
-        for group in forward.stack.groups:
-            group.use_float32()
+    """Scores of systems are float32, whatever they were trained in."""
+    stack = _stack_of(forward)
+    for group in stack.groups if stack is not None else ():
+        group.use_float32()
 
 
 def use_trained_precision(forward: Forward, training: dict[str, Any]) -> bool:
@@ -63,7 +84,7 @@ def use_trained_precision(forward: Forward, training: dict[str, Any]) -> bool:
     Args:
         training: a trial's training.json.
     """
-    stack = forward.stack if isinstance(forward, PackedForward) else None
+    stack = _stack_of(forward)
     if stack is None or training.get("precision") != "int8" or not stack.fits():
         return False
     errors = [GroupError(**error) for error in training["errors"]]
@@ -85,3 +106,7 @@ def describe_precision(errors: list[GroupError] | None) -> dict[str, Any]:
         "kept_in_float32": [f"layer {error.layer} {error.group}" for error in errors if error not in used],
         "errors": [error._asdict() for error in errors],
     }
+
+
+def _stack_of(forward: Forward) -> LayerStack | None:
+    return forward.stack if isinstance(forward, PackedForward) else None

@@ -40,6 +40,7 @@ from trimtab.evaluation.predictions import predictions_for, read_predictions
 from trimtab.machine import describe_machine, git_state, package_versions
 from trimtab.methods import build_config, get_method
 from trimtab.models import build_without_weights, load_base, quiet_libraries
+from trimtab.precision import NumberFormat, choose_precision, use_float32, use_precision
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_file, write_json
@@ -149,6 +150,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     with job.timed("load base"):
         base = load_base(job.source, job.data.label_names, job.study.seed)
         scorer = make_scorer(base, job.study.max_length_tokens, job.progress)
+        precision = choose_precision(job.study.precision, scorer.choice.forward, job.progress)
         base_sha256 = fingerprint_model(job.source)
         facts = {
             "base": job.study.model,
@@ -161,10 +163,10 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     encoded = encode_splits(job, scorer)
     with cached_prefix(job.study, scorer, base_sha256, job.progress):
         with job.timed("base"):
-            probe = score_base(job, scorer, encoded)
+            probe = score_base(job, scorer, encoded, precision)
         if not trial.trained_logits.is_file():
             with job.timed("tune"):
-                tune(job.study, scorer, encoded, probe, trial, facts, job.progress)
+                tune(job.study, scorer, encoded, probe, precision, trial, facts, job.progress)
     with job.timed("reload and evaluate"):
         prove_reload(job.run, trial, job.progress)
 
@@ -217,8 +219,11 @@ def score_text_baselines(job: Job) -> None:
         record_system(tfidf, predictions, title="TF-IDF + logistic regression", kind="baseline", cost=cost)
 
 
-def score_base(job: Job, scorer: Scorer, encoded: TuningData) -> LinearProbe:
-    """One pass of the frozen base over every row: the untrained head's scores, and the probe's features."""
+def score_base(job: Job, scorer: Scorer, encoded: TuningData, precision: NumberFormat) -> LinearProbe:
+    """One pass of the frozen base over every row: the untrained head's scores, and the probe's features.
+
+    Test rows are scored in float32, as every system's; what the probe is fitted on comes in the training precision.
+    """
     untrained, probed = job.run.baseline("untrained-head"), job.run.baseline("linear-probe")
     if untrained.is_scored and probed.is_scored and probed.probe.is_file():
         return _read_probe(probed.probe)
@@ -227,7 +232,10 @@ def score_base(job: Job, scorer: Scorer, encoded: TuningData) -> LinearProbe:
     test = scorer.score(encoded.test, job.progress, features=True)
     job.progress.stage("Scoring the base: train and validation (features for the linear probe)")
     rest = EncodedRows([*encoded.train.examples, *encoded.validation.examples], 0)
+    forward = scorer.choice.forward
+    use_precision(precision, forward, scorer.first_batch(encoded.train), job.progress, training=False)
     rest_scores = scorer.score(rest, job.progress, features=True)
+    use_float32(forward)
     assert rest_scores.features is not None
     assert test.features is not None
     train_features, validation_features = torch.split(rest_scores.features, [len(data.train), len(data.validation)])

@@ -32,7 +32,7 @@ from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
 from trimtab.machine import package_versions
 from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of
-from trimtab.precision import choose_precision, describe_precision, use_float32
+from trimtab.precision import NumberFormat, describe_precision, use_float32, use_precision
 from trimtab.progress import Progress
 from trimtab.runs import TrialFolder, write_json, write_jsonl
 from trimtab.study_config import StudyConfig
@@ -52,6 +52,7 @@ def tune(
     scorer: Scorer,
     data: TuningData,
     probe: LinearProbe,
+    precision: NumberFormat,
     trial: TrialFolder,
     facts: dict[str, Any],
     progress: Progress,
@@ -73,7 +74,7 @@ def tune(
 
     state = make_state(trainable_parameters(peft_model), study.weight_decay)
     plan = TrainingPlan(scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs)
-    errors = choose_precision(study.precision, scorer.choice.forward, plan[0].to(scorer.base.device), progress)
+    errors = use_precision(precision, scorer.choice.forward, plan[0].to(scorer.base.device), progress, training=True)
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
     use_float32(scorer.choice.forward)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.data import Row
-from trimtab.engine.batches import Collator
+from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.forward import Choice, HeadFeatures, choose_forward, usable_length
 from trimtab.engine.scoring import Scores, score_rows
 from trimtab.evaluation.metrics import compute_metrics
@@ -43,6 +44,12 @@ class Scorer:
         forward = self.choice.forward
         pad = self.base.tokenizer.pad_token_id
         return Collator(encoded.examples, forward.packed, self.choice.position_offset, pad)
+
+    def first_batch(self, encoded: EncodedRows, tokens: int = 512) -> Batch:
+        """A batch of the first rows, as many as make up `tokens`."""
+        ends = accumulate(map(len, encoded.examples))
+        rows = sum(end <= tokens for end in ends)
+        return self.collator(encoded).collate(range(max(1, rows))).to(self.base.device)
 
     def score(self, encoded: EncodedRows, progress: Progress | None = None, features: bool = False) -> Scores:
         collator = self.collator(encoded)

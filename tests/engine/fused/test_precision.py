@@ -10,7 +10,7 @@ from trimtab.engine.fused import native, precision
 from trimtab.engine.fused.precision import quantise_stack
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.methods import attach_adapter
-from trimtab.precision import choose_precision, describe_precision, use_float32
+from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision
 from trimtab.progress import Silent
 from trimtab.study_config import build_study
 from trimtab.tasks.classification import Example, classification_loss
@@ -112,12 +112,36 @@ def test_nothing_within_bounds_is_told_as_float32(case, monkeypatch):
     assert describe_precision(errors) == {"precision": "float32"}
 
 
-def test_the_choice_draws_nothing_from_the_generator(case):
+@pytest.mark.parametrize("training", [False, True])
+def test_the_choice_draws_nothing_from_the_generator(case, training):
     batch = case.batch(case.examples)
     for wanted in ("float32", "int8", "auto"):
         torch.manual_seed(3)
-        choose_precision(wanted, case.choice.forward, batch, Silent())
+        chosen = choose_precision(wanted, case.choice.forward, Silent())
+        use_precision(chosen, case.choice.forward, batch, Silent(), training=training)
         use_float32(case.choice.forward)
         drawn = torch.rand(1)
         torch.manual_seed(3)
         assert torch.equal(drawn, torch.rand(1)), wanted
+
+
+def test_auto_takes_int8_where_it_pays(case, monkeypatch):
+    gain = precision.measure_int8_gain(case.stack)
+    assert 0 < gain < 100
+    assert all(group.weight.int8 is None for group in case.stack.groups)
+    monkeypatch.setattr(native, "has_int8", lambda: True)
+    chosen = {}
+    for needed in (gain / 1e3, gain * 1e3):
+        monkeypatch.setattr("trimtab.precision.INT8_PAYS", needed)
+        chosen[needed > gain] = choose_precision("auto", case.choice.forward, Silent())
+    assert chosen == {False: "int8", True: "float32"}
+
+
+def test_scoring_in_int8_measures_outputs_alone(case):
+    logits, _ = case.results()
+    errors = use_precision("int8", case.choice.forward, case.batch(case.examples), Silent(), training=False)
+    assert all(error.gradient_cosine is None for error in errors)
+    with torch.no_grad():
+        quantised = case.choice.forward(case.batch(case.examples))
+    assert (quantised - logits).abs().max() > 0
+    assert torch.cosine_similarity(quantised.flatten(), logits.flatten(), 0) > 0.995
