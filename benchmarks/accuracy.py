@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.evaluation.class_predictions import ClassPredictions
 from trimtab.evaluation.comparison import compare_two
-from trimtab.evaluation.predictions import Predictions, read_predictions
+from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.machine import describe_machine, package_versions
 from trimtab.runs import RunFolder, read_json
 
@@ -28,7 +29,7 @@ PRECISIONS = ("float32", "int8")
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_study(settings: dict[str, str], folder: Path) -> tuple[Predictions, dict[str, Any]]:
+def run_study(settings: dict[str, str], folder: Path) -> tuple[ClassPredictions, dict[str, Any]]:
     """One study through the command; its test predictions, and how it was trained."""
     flags = [f"--{name}={value}" for name, value in (settings | {"out": str(folder)}).items()]
     subprocess.run([sys.executable, "-m", "trimtab", "run", "--quiet", *flags], check=True)
@@ -36,7 +37,7 @@ def run_study(settings: dict[str, str], folder: Path) -> tuple[Predictions, dict
     return read_predictions(trial.predictions), read_json(trial.training)
 
 
-def join(parts: list[Predictions]) -> Predictions:
+def join(parts: list[ClassPredictions]) -> ClassPredictions:
     """The predictions of all seeds as those of one test set; each seed has rows of its own."""
     return dataclasses.replace(
         parts[0],
@@ -47,7 +48,7 @@ def join(parts: list[Predictions]) -> Predictions:
 
 
 def compare(settings: dict[str, str], seeds: list[int]) -> dict[str, Any]:
-    found: dict[str, list[tuple[Predictions, dict[str, Any]]]] = {precision: [] for precision in PRECISIONS}
+    found: dict[str, list[tuple[ClassPredictions, dict[str, Any]]]] = {precision: [] for precision in PRECISIONS}
     with tempfile.TemporaryDirectory() as work:
         for seed in seeds:
             for precision in PRECISIONS:
@@ -67,7 +68,7 @@ def compare(settings: dict[str, str], seeds: list[int]) -> dict[str, Any]:
     }
 
 
-def _accuracy(predictions: Predictions) -> float:
+def _accuracy(predictions: ClassPredictions) -> float:
     return float(predictions.correct.mean())
 
 

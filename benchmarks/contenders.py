@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -31,11 +32,11 @@ from trimtab.precision import NumberFormat, use_float32, use_precision
 from trimtab.progress import Silent
 from trimtab.sources import locate_model
 from trimtab.study_config import StudyConfig, build_study
-from trimtab.tasks.classification import EncodedRows
+from trimtab.tasks import get_task
+from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear
 from trimtab.tuning import run_loop, start_head_at_probe
 
-BATCH_ROWS = 16
 WARM_UP_STEPS = 3
 # The better of two for the peer (MiniLM, seed 0: 0.798 on test with 5e-4, 0.819 with 2e-3), and Trimtab's own default.
 PEER_LEARNING_RATE = 2e-3
@@ -58,7 +59,7 @@ class Turns:
         seconds = time.perf_counter() - self.started
         self.warm_up -= 1
         if self.warm_up <= 0:
-            say(tokens=tokens, seconds=seconds)
+            say(tokens=tokens, seconds=seconds, peak_bytes=peak_bytes())
             if sys.stdin.readline().strip() != "go":
                 sys.stdout.flush()
                 os._exit(0)
@@ -69,8 +70,10 @@ def make_study(arguments: argparse.Namespace) -> StudyConfig:
     return build_study(
         {
             "model": arguments.model,
-            "train_data": "starter:rotten-tomatoes",
-            "max_length_tokens": 128,
+            "task": arguments.task,
+            "train_data": arguments.train_data,
+            "max_length_tokens": arguments.max_length_tokens,
+            "layers_to_transform": arguments.layers_to_transform,
             "max_train_rows": arguments.train_rows,
             "max_validation_rows": 400,
             "max_test_rows": 1000,
@@ -87,12 +90,17 @@ def mean_length(encoded: EncodedRows) -> float:
     return encoded.tokens / len(encoded.examples)
 
 
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class TrimtabContender:
-    def __init__(self, study: StudyConfig, data: PreparedData) -> None:
-        self.study, self.data = study, data
+    def __init__(self, study: StudyConfig, data: PreparedData, batch_rows: int) -> None:
+        self.study, self.data, self.batch_rows = study, data, batch_rows
+        task = get_task(study.task)
         self.precision: NumberFormat = "int8" if study.precision == "int8" else "float32"
-        base = load_base(locate_model(study.model, Silent()), data.label_names, study.seed)
-        self.scorer = make_scorer(base, study.max_length_tokens, Silent())
+        base = load_base(locate_model(study.model, Silent()), task.auto_class, data.label_names, study.seed)
+        self.scorer = make_scorer(task, base, study.max_length_tokens, Silent())
         self.train, self.validation, self.test = map(self.scorer.encode, (data.train, data.validation, data.test))
         keep_freed_memory()
         self.is_ready = False  # to score in its precision
@@ -104,14 +112,16 @@ class TrimtabContender:
         prepare_adapted(self.peft_model, self.scorer.choice.forward)
         self.state = make_state(trainable_parameters(self.peft_model), self.study.weight_decay)
         # Half a text over the mean fills the batches to the peer's tokens on average.
-        budget = round((BATCH_ROWS + 0.5) * mean_length(self.train))
+        budget = round((self.batch_rows + 0.5) * mean_length(self.train))
         self.plan = TrainingPlan(self.scorer.collator(self.train), budget, self.study.seed, self.study.num_train_epochs)
         set_adapter_training(self.peft_model, True)
-        use_precision(self.precision, self.scorer.choice.forward, self.plan[0], Silent(), training=True)
+        use_precision(
+            self.precision, self.scorer.task, self.scorer.choice.forward, self.plan[0], Silent(), training=True
+        )
 
     def use_precision_for_scoring(self) -> None:
         batch = self.scorer.first_batch(self.train)
-        use_precision(self.precision, self.scorer.choice.forward, batch, Silent(), training=False)
+        use_precision(self.precision, self.scorer.task, self.scorer.choice.forward, batch, Silent(), training=False)
 
     def training_turns(self, turns: Turns) -> None:
         self.attach()
@@ -131,14 +141,13 @@ class TrimtabContender:
             turns.end_step(tokens[state.step - 1])
 
         from trimtab.engine.loop import LoopSettings, train
-        from trimtab.tasks.classification import classification_loss
 
         forward = self.scorer.choice.forward
         settings = LoopSettings(learning_rate_of(self.study), 0.06, 1.0, 10**9, 10**9)
         train(
             self.state,
             self.plan,
-            lambda batch: classification_loss(forward(batch), batch.labels),
+            lambda batch: self.scorer.task.loss(forward, batch),
             lambda: {"loss": 0.0, "score": 0.0},
             settings,
             on_step,
@@ -148,15 +157,14 @@ class TrimtabContender:
         if not self.is_ready:
             self.use_precision_for_scoring()
             self.is_ready = True
-        scores = self.scorer.score(EncodedRows(self.test.examples[:rows], 0))
+        scores = self.scorer.score(self.test.first(rows))
         return scores.tokens, scores.seconds
 
     def learn(self) -> dict[str, Any]:
         """Everything from the loaded base on counts: features, probe, validation, steps."""
         started = time.perf_counter()
-        rest = EncodedRows([*self.train.examples, *self.validation.examples], 0)
         self.use_precision_for_scoring()
-        features = self.scorer.score(rest, features=True).features
+        features = self.scorer.score(self.train + self.validation, features=True).features
         assert features is not None
         train_features, validation_features = torch.split(features, [len(self.data.train), len(self.data.validation)])
         probe = fit_linear_probe(
@@ -172,38 +180,51 @@ class TrimtabContender:
 
         class Listener(Silent):
             def note(self, text: str) -> None:
-                reached.append((time.perf_counter() - started, float(text.rpartition("accuracy ")[2][:-1]) / 100))
+                reached.append((time.perf_counter() - started, float(text.rpartition("accuracy ")[2])))
 
         run_loop(self.study, self.scorer, self.peft_model, self.state, self.plan, self.validation, Listener())
         set_adapter_training(self.peft_model, False)
         use_float32(self.scorer.choice.forward)
         seconds = time.perf_counter() - started
-        logits = self.scorer.score(self.test).logits
+        logits = self.scorer.score(self.test).outputs
         return {"seconds": seconds, "validation": reached, "predicted": logits.argmax(-1).tolist()}
 
 
 class TrainerContender:
     """What people run: `transformers.Trainer` on a `peft` model, float32, padded to each batch's longest."""
 
-    def __init__(self, study: StudyConfig, data: PreparedData, grouped: bool) -> None:
+    def __init__(self, study: StudyConfig, data: PreparedData, batch_rows: int, grouped: bool) -> None:
+        import transformers
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+        from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-        self.study, self.grouped = study, grouped
+        self.study, self.batch_rows, self.grouped = study, batch_rows, grouped
+        task = get_task(study.task)
         location = locate_model(study.model, Silent()).location
         torch.manual_seed(study.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForSequenceClassification.from_pretrained(location, dtype=torch.float32)
-        config = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.05)
+        labels = {"num_labels": len(data.label_names)} if data.label_names else {}
+        model = getattr(transformers, task.auto_class).from_pretrained(location, dtype=torch.float32, **labels)
+        config = LoraConfig(task_type=task.peft_type, r=8, lora_alpha=16, lora_dropout=0.05)
         self.model = get_peft_model(model, config)
         self.splits = {name: self.encode(getattr(data, name)) for name in ("train", "validation", "test")}
         self.labels = {name: [row.label for row in getattr(data, name)] for name in self.splits}
-        self.collator = DataCollatorWithPadding(self.tokenizer)
+        collator = DataCollatorWithPadding if data.label_names else DataCollatorForSeq2Seq  # the latter pads labels
+        self.collator = collator(self.tokenizer)
 
     def encode(self, rows: Any) -> Any:
         import datasets
 
-        encoded = self.tokenizer([row.text for row in rows], truncation=True, max_length=128)
+        length = self.study.max_length_tokens
+        if self.study.task == "causal_lm":  # the same blocks as Trimtab's; transformers shifts the labels itself
+            blocks = get_task("causal_lm").encode(rows, self.tokenizer, None, length).examples
+            ids = [block.input_ids for block in blocks]
+            masks = [[1] * len(block) for block in ids]
+            lengths = list(map(len, ids))
+            return datasets.Dataset.from_dict(
+                {"input_ids": ids, "attention_mask": masks, "labels": ids, "length": lengths}
+            )
+        encoded = self.tokenizer([row.text for row in rows], truncation=True, max_length=length)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         return datasets.Dataset.from_dict({**encoded, "labels": [row.label for row in rows], "length": lengths})
 
@@ -212,8 +233,8 @@ class TrainerContender:
 
         arguments = TrainingArguments(
             output_dir=os.path.join(os.environ.get("TMPDIR", "/tmp"), "trimtab-benchmark"),
-            per_device_train_batch_size=BATCH_ROWS,
-            per_device_eval_batch_size=BATCH_ROWS,
+            per_device_train_batch_size=self.batch_rows,
+            per_device_eval_batch_size=self.batch_rows,
             num_train_epochs=self.study.num_train_epochs,
             learning_rate=PEER_LEARNING_RATE,
             lr_scheduler_type="cosine",
@@ -284,6 +305,11 @@ def main() -> None:
     parser.add_argument("--model", default="starter:minilm-l6")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=160, help="rows scored in a turn")
+    parser.add_argument("--task", default="classification")
+    parser.add_argument("--train-data", default="starter:rotten-tomatoes")
+    parser.add_argument("--max-length-tokens", type=int, default=128)
+    parser.add_argument("--batch-rows", type=int, default=16, help="texts in a batch, on average")
+    parser.add_argument("--layers-to-transform", default="all")
     parser.add_argument("--train-rows", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()
@@ -292,9 +318,9 @@ def main() -> None:
     data = prepare_data(study, Silent())
     contender: Any
     if arguments.contender.startswith("trimtab"):
-        contender = TrimtabContender(study, data)
+        contender = TrimtabContender(study, data, arguments.batch_rows)
     else:
-        contender = TrainerContender(study, data, arguments.contender == "grouped")
+        contender = TrainerContender(study, data, arguments.batch_rows, arguments.contender == "grouped")
     if arguments.work == "learn":
         say(**contender.learn(), labels=[row.label for row in data.test])
     elif arguments.work == "train":
@@ -302,7 +328,7 @@ def main() -> None:
     else:
         while True:
             tokens, seconds = contender.evaluation_turn(arguments.rows)
-            say(tokens=tokens, seconds=seconds)
+            say(tokens=tokens, seconds=seconds, peak_bytes=peak_bytes())
             if sys.stdin.readline().strip() != "go":
                 break
 

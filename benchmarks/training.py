@@ -15,13 +15,14 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trimtab.evaluation.class_predictions import ClassPredictions
 from trimtab.evaluation.comparison import compare_two
-from trimtab.evaluation.predictions import Predictions
 from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
 
 OURS = ("trimtab", "trimtab-int8")
@@ -56,11 +57,12 @@ class Worker:
         raise SystemExit(f"a contender ended without an answer: {self.process.args!r}")
 
     def turn(self) -> tuple[float, float]:
-        """Tokens and seconds of one turn."""
+        """Tokens and seconds of one turn; remembers the process's peak memory."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self.read()
+        self.peak_bytes = answer["peak_bytes"]
         return answer["tokens"], answer["seconds"]
 
     def stop(self) -> None:
@@ -68,13 +70,11 @@ class Worker:
         self.process.wait()
 
 
-def measure_throughput(model: str, work: str) -> dict[str, Any]:
-    """Medians of real tokens a second over windows, and ratios taken window by window."""
+def measure_throughput(model: str, work: str, turns: int, names: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """Medians of real tokens a second over windows, ratios taken window by window, and peak memory."""
     workers = {}
-    turns = TRAINING_TURNS if work == "train" else WINDOWS
-    names = (*OURS, *PEERS) if work == "train" else (*OURS, "dynamic")
     for name in names:  # one warms up at a time
-        workers[name] = Worker(name, work, model, rows=EVALUATION_ROWS[model])
+        workers[name] = Worker(name, work, model, **settings)
         workers[name].read()
     sums = {name: np.zeros((WINDOWS, 2)) for name in workers}
     for turn in range(turns):
@@ -83,7 +83,11 @@ def measure_throughput(model: str, work: str) -> dict[str, Any]:
     for worker in workers.values():
         worker.stop()
     rates = {name: (window[:, 0] / window[:, 1]).tolist() for name, window in sums.items()}
-    found: dict[str, Any] = {"tokens_per_second": {n: statistics.median(r) for n, r in rates.items()}, "windows": rates}
+    found: dict[str, Any] = {
+        "tokens_per_second": {n: statistics.median(r) for n, r in rates.items()},
+        "peak_bytes": {name: worker.peak_bytes for name, worker in workers.items()},
+        "windows": rates,
+    }
     found["ratios"] = {}
     for one, other in itertools.product(set(rates) & set(OURS), set(rates) & set(PEERS)):
         ratios = [ours / theirs for ours, theirs in zip(rates[one], rates[other], strict=True)]
@@ -127,10 +131,10 @@ def measure_learning(model: str, seeds: list[int], train_rows: int, epochs: int)
     return {"train_rows": train_rows, "epochs": epochs, "runs": runs, "contrasts": contrasts}
 
 
-def _as_predictions(ids: list[str], labels: Any, predicted: list[int]) -> Predictions:
+def _as_predictions(ids: list[str], labels: Any, predicted: list[int]) -> ClassPredictions:
     classes = max(int(labels.max()), max(predicted)) + 1
     names = [str(number) for number in range(classes)]
-    return Predictions(ids, names, labels.astype(np.int64), np.eye(classes)[predicted])
+    return ClassPredictions(ids, names, labels.astype(np.int64), np.eye(classes)[predicted])
 
 
 def print_throughput(model: str, work: str, found: dict[str, Any], gemm: float) -> None:
@@ -159,8 +163,11 @@ def main() -> None:
         if arguments.only != "learning":
             gemm = measure_gemm_rates()
             found: dict[str, Any] = {**about, "gemm_gflops": gemm}
-            for work in ("train", "evaluate"):
-                found[work] = measure_throughput(model, work)
+            for work, turns, names in (
+                ("train", TRAINING_TURNS, (*OURS, *PEERS)),
+                ("evaluate", WINDOWS, (*OURS, "dynamic")),
+            ):
+                found[work] = measure_throughput(model, work, turns, names, rows=EVALUATION_ROWS[model])
                 print_throughput(model, work, found[work], gemm["float32"] or 0)
             (RESULTS / f"throughput-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         if arguments.only != "throughput":

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from samples import save_tiny_model, tiny_config, write_reviews
 from trimtab.models import quiet_libraries
@@ -21,15 +22,20 @@ quiet_libraries()
 
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
-    """Build a tiny, seeded `AutoModelForSequenceClassification` of a family, in eval mode."""
+    """Build a tiny, seeded model of a family, for classification if no other class is asked for, in eval mode."""
 
-    def build(family: str, num_labels: int = 3, seed: int = 0, **changes: Any) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
+    def build(
+        family: str,
+        num_labels: int = 3,
+        seed: int = 0,
+        auto_class: str = "AutoModelForSequenceClassification",
+        **changes: Any,
+    ) -> Any:
         torch.manual_seed(seed)
         config = tiny_config(family, **changes)
-        config.num_labels = num_labels
-        model = AutoModelForSequenceClassification.from_config(config)
+        if auto_class == "AutoModelForSequenceClassification":
+            config.num_labels = num_labels
+        model = getattr(transformers, auto_class).from_config(config)
         with torch.no_grad():  # stock heads start so small that a wrong pooling would hide
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
@@ -45,13 +51,13 @@ def reviews(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A tiny model of a family on disk, with a tokenizer trained on the reviews, as a user would have it."""
-    made: dict[str, Path] = {}
+    made: dict[tuple[str, str], Path] = {}
 
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = save_tiny_model(family, tmp_path_factory.mktemp(family))
-        return made[family]
+    def make(family: str, auto_class: str = "AutoModel") -> Path:
+        if (family, auto_class) not in made:
+            made[family, auto_class] = save_tiny_model(family, tmp_path_factory.mktemp(family), auto_class)
+        return made[family, auto_class]
 
     return make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 import subprocess
 import sys
@@ -76,9 +77,21 @@ def write_reviews(path: Path, rows: int = 160, seed: int = 0, labels: tuple[str,
     return path
 
 
-def save_tiny_model(family: str, folder: Path) -> Path:
+def write_tales(path: Path, rows: int = 24, seed: int = 0) -> Path:
+    """A JSONL of texts in which every sentence follows the same few."""
+    generator = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            sentences = [f"{generator.choice(_GOOD)} number {generator.randrange(10)}"
+                         for _ in range(generator.randrange(3, 9))]  # fmt: skip
+            file.write(json.dumps({"text": " truly ".join(sentences)}) + "\n")
+    return path
+
+
+def save_tiny_model(family: str, folder: Path, auto_class: str = "AutoModel") -> Path:
+    import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import AutoModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     is_encoder = family in ("bert", "roberta", "distilbert", "mpnet")
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
@@ -95,7 +108,7 @@ def save_tiny_model(family: str, folder: Path) -> Path:
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]"} if is_encoder else {"bos_token": "[CLS]", "eos_token": "[SEP]"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", **names)
     torch.manual_seed(0)
-    AutoModel.from_config(tiny_config(family)).save_pretrained(folder)
+    getattr(transformers, auto_class).from_config(tiny_config(family)).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 

@@ -16,7 +16,7 @@ _HOMES = {
     "build_study": ("trimtab.study_config", "build_study"),
     "run": ("trimtab.study", "run_study"),
     "compare": ("trimtab.evaluation.comparison", "compare_two"),
-    "read_predictions": ("trimtab.evaluation.predictions", "read_predictions"),
+    "read_predictions": ("trimtab.evaluation.prediction_files", "read_predictions"),
     "TrimtabError": ("trimtab.errors", "TrimtabError"),
     "InputError": ("trimtab.errors", "InputError"),
     "RunError": ("trimtab.errors", "RunError"),

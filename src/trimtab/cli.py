@@ -153,7 +153,10 @@ def compare(
         typer.Argument(metavar="RUN_OR_PREDICTIONS", help="A run folder (its tuned system) or a predictions.jsonl."),
     ],
     second: Annotated[Path, typer.Argument(metavar="RUN_OR_PREDICTIONS", help="What is held against the first.")],
-    metric: Annotated[str, typer.Option(help="accuracy, f1, precision, recall, loss or brier.")] = "accuracy",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="accuracy, f1, precision, recall, loss, brier, perplexity… [default: the task's own]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Test whether the second system differs from the first, on the same test rows.
@@ -162,9 +165,10 @@ def compare(
     """
     from trimtab.console import show_two
     from trimtab.evaluation.comparison import check_metric, compare_two
-    from trimtab.evaluation.predictions import read_predictions
+    from trimtab.evaluation.prediction_files import read_predictions
 
-    check_metric(metric)
+    if metric is not None:
+        check_metric(metric)
     names = _two_names(first, second)
     predictions = [read_predictions(_predictions_file(path)) for path in (first, second)]
     found = compare_two(predictions[0], predictions[1], names, metric)

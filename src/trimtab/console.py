@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trimtab.evaluation.metrics import METRICS
 from trimtab.progress import Silent
+from trimtab.report.number_format import PERCENTAGES
 from trimtab.runs import SystemFolder, read_json
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -92,8 +92,14 @@ def _output() -> Console:
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=130)
 
 
-def _percent(metric: dict[str, float]) -> str:
-    return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
+# The primary metric of a task, then what stands beside it.
+_SHOWN_METRICS = {"accuracy": ("accuracy", "f1", "loss"), "perplexity": ("perplexity", "loss", "token_accuracy")}
+
+
+def _with_interval(name: str, metric: dict[str, float]) -> str:
+    form = ".1%" if name in PERCENTAGES else ".3f"
+    value, low, high = (format(metric[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _cost(value: float | None, form: str) -> str:
@@ -104,13 +110,16 @@ def show_comparison(comparison: dict[str, Any], folder: Path) -> None:
     """The table of systems, the verdicts, and where the report lies."""
     out = _output()
     table = Table(title=f"{comparison['study']}: {comparison['data']['test_rows']:,} test rows", title_justify="left")
-    for heading in ("system", "accuracy [95 % interval]", "F1", "loss", "trainable", "train s", "evaluate s"):
-        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+    primary, *others = _SHOWN_METRICS[comparison["primary_metric"]]
+    headings = (f"{primary} [95 % interval]", *others, "trainable", "train s", "evaluate s")
+    table.add_column("system", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading.replace("f1", "F1").replace("_", " "), justify="right", no_wrap=True)
     for system in comparison["systems"]:
         metrics, cost = system["metrics"], system["cost"]
         table.add_row(
-            system["title"], _percent(metrics["accuracy"]), f"{metrics['f1']['value']:.3f}",
-            f"{metrics['loss']['value']:.3f}", _cost(cost["trainable_parameters"], ",d"),
+            system["title"], _with_interval(primary, metrics[primary]),
+            *(f"{metrics[name]['value']:.3f}" for name in others), _cost(cost["trainable_parameters"], ",d"),
             _cost(cost["train_seconds"], ".1f"), _cost(cost["evaluate_seconds"], ".1f"),
             style="bold" if system["kind"] == "tuned" else None,
         )  # fmt: skip
@@ -126,8 +135,7 @@ def show_comparison(comparison: dict[str, Any], folder: Path) -> None:
 
 def _contrast_line(found: dict[str, Any], titles: dict[str, str]) -> str:
     style = _VERDICT_STYLES[found["verdict"]]
-    unit = 1 if found["metric"] in ("loss", "brier") else 100
-    points = "" if unit == 1 else " points"
+    unit, points = (100, " points") if found["metric"] in PERCENTAGES else (1, "")
     return (
         f"{titles.get(found['system'], found['system'])} against {titles.get(found['against'], found['against'])}: "
         f"{found['difference'] * unit:+.2f}{points} \\[{found['low'] * unit:+.2f}, {found['high'] * unit:+.2f}], "
@@ -144,10 +152,11 @@ def show_two(comparison: dict[str, Any]) -> None:
     out = _output()
     table = Table()
     table.add_column("system")
-    for name in METRICS:
+    names = list(comparison["systems"][0]["metrics"])
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for system in comparison["systems"]:
-        values = [system["metrics"][name] for name in METRICS]
+        values = [system["metrics"][name] for name in names]
         table.add_row(system["name"], *(f"{value['value']:.4f}" for value in values))
     out.print(table)
     for found in comparison["contrasts"]:

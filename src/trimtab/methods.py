@@ -9,6 +9,7 @@ from typing import Any
 
 from trimtab.errors import StudyError, suggest
 from trimtab.study_config import StudyConfig
+from trimtab.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def _lora(**fixed: Any) -> Callable[[StudyConfig, list[str] | str], Any]:
         from peft import LoraConfig
 
         return LoraConfig(
-            task_type="SEQ_CLS",
+            task_type=get_task(study.task).peft_type,
             r=study.r,
             lora_alpha=study.lora_alpha,
             lora_dropout=study.lora_dropout,
@@ -40,7 +41,7 @@ def _lora(**fixed: Any) -> Callable[[StudyConfig, list[str] | str], Any]:
 def _ia3(study: StudyConfig, target_modules: list[str] | str) -> Any:
     from peft import IA3Config
 
-    return IA3Config(task_type="SEQ_CLS", target_modules=target_modules, feedforward_modules=[])
+    return IA3Config(task_type=get_task(study.task).peft_type, target_modules=target_modules, feedforward_modules=[])
 
 
 METHODS = {
@@ -159,7 +160,7 @@ def build_config(model: Any, study: StudyConfig) -> Any:
 def attach_adapter(model: Any, study: StudyConfig, new_modules: list[str]) -> Any:
     """Wrap `model` in the study's adapter; `new_modules` (the head) are trained and saved with it.
 
-    Returns a `PeftModelForSequenceClassification`.
+    Returns peft's model for the study's task.
     """
     from peft import get_peft_model
 

@@ -22,7 +22,7 @@ _HEADS = ("score", "classifier")
 
 @dataclass
 class BaseModel:
-    """A stock `AutoModelForSequenceClassification` in eval mode, its tokenizer, and its origin.
+    """A stock transformers model with a task's head, in eval mode, its tokenizer, and its origin.
 
     `new_modules` are those whose weights the source does not hold (the head, sometimes a pooler):
     they start at random, so they must be trained and saved with the adapter.
@@ -66,22 +66,38 @@ def load_config(source: ModelSource) -> Any:
         raise SourceError(f"{source.name}: its config cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def build_without_weights(source: ModelSource) -> Any:
-    """The classification model on the meta device: its layers and names, before weights are read.
+# What transformers calls a model for each of the tasks, in words.
+_KINDS = {
+    "AutoModelForSequenceClassification": (
+        "classification", "choose a text encoder (BERT family) or decoder (Llama, GPT-2 families)"),
+    "AutoModelForCausalLM": ("causal language modelling", "choose a decoder (Llama, GPT-2 families)"),
+}  # fmt: skip
+
+
+def build_without_weights(source: ModelSource, auto_class: str) -> Any:
+    """The model on the meta device: its layers and names, before weights are read.
+
+    Args:
+        auto_class: transformers' class for the task, such as AutoModelForSequenceClassification.
 
     Raises:
-        SourceError: an architecture without a classification model.
+        SourceError: an architecture without a model for the task.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     config = load_config(source)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+    auto = getattr(transformers, auto_class)
+    kind, advice = _KINDS[auto_class]
+    # BERT and its like count as decoders to transformers, but were not made to name the next token.
+    is_encoder = (
+        auto_class == "AutoModelForCausalLM" and type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    )
+    if type(config) not in auto._model_mapping or is_encoder:
         raise SourceError(
-            f"{source.name} is a {config.model_type!r} model, which transformers cannot use for classification; "
-            "choose a text encoder (BERT family) or decoder (Llama, GPT-2 families)"
+            f"{source.name} is a {config.model_type!r} model, which transformers cannot use for {kind}; {advice}"
         )
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config)
+        return auto.from_config(config)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -104,26 +120,24 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def load_base(source: ModelSource, label_names: Sequence[str], seed: int) -> BaseModel:
-    """Load a base with a fresh, seeded classification head, in float32 and eval mode.
+def load_base(source: ModelSource, auto_class: str, label_names: Sequence[str], seed: int) -> BaseModel:
+    """Load a base in float32 and eval mode, with a fresh, seeded head where the task has labels.
 
     Raises:
         SourceError: weights that cannot be read, or that are mostly not there.
     """
+    import transformers
     from accelerate import PartialState
-    from transformers import AutoModelForSequenceClassification
 
     tokenizer = load_tokenizer(source)
     torch.manual_seed(seed)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = getattr(transformers, auto_class).from_pretrained(
             source.location,
             dtype=torch.float32,
-            num_labels=len(label_names),
-            id2label=dict(enumerate(label_names)),
-            label2id={name: number for number, name in enumerate(label_names)},
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=bool(label_names),
             output_loading_info=True,
+            **(_label_settings(label_names) if label_names else {}),
         )
     except Exception as error:  # safetensors, torch and transformers each raise their own
         raise SourceError(f"{source.name}: its weights cannot be read: {str(error).splitlines()[0]}") from error
@@ -140,6 +154,14 @@ def load_base(source: ModelSource, label_names: Sequence[str], seed: int) -> Bas
     model.requires_grad_(False)
     model.eval().to(PartialState().device)
     return BaseModel(model, tokenizer, source, new_modules)
+
+
+def _label_settings(label_names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(label_names),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: number for number, name in enumerate(label_names)},
+    }
 
 
 def _modules_of(missing_keys: Sequence[str]) -> list[str]:

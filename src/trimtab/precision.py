@@ -14,7 +14,7 @@ from trimtab.engine.fused.stack import LayerStack
 from trimtab.machine import INT8_PAYS
 from trimtab.progress import Progress
 from trimtab.study_config import Precision
-from trimtab.tasks.classification import classification_loss
+from trimtab.tasks import Task
 
 NumberFormat = Literal["float32", "int8"]
 
@@ -40,7 +40,7 @@ def choose_precision(wanted: Precision, forward: Forward, progress: Progress) ->
 
 
 def use_precision(
-    precision: NumberFormat, forward: Forward, batch: Batch, progress: Progress, *, training: bool
+    precision: NumberFormat, task: Task, forward: Forward, batch: Batch, progress: Progress, *, training: bool
 ) -> list[GroupError] | None:
     """Let the frozen layers compute as chosen; says so, and returns the error of each where that is int8.
 
@@ -57,9 +57,9 @@ def use_precision(
 
     def run() -> None:
         if training:
-            classification_loss(forward(batch), batch.labels).backward()  # type: ignore[no-untyped-call]
+            task.loss(forward, batch).backward()  # type: ignore[no-untyped-call]
         else:
-            forward(batch)
+            task.outputs(forward, batch)
 
     random_state = torch.get_rng_state()  # the measurement may not change what training draws
     with torch.set_grad_enabled(training):

@@ -118,6 +118,7 @@ class TrialFolder(SystemFolder):
         self.training = path / "training.json"
         self.trained_logits = path / "trained_logits.safetensors"
         self.reload = path / "reload.json"
+        self.samples = path / "samples.jsonl"
 
     @property
     def is_proved(self) -> bool:

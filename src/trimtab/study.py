@@ -6,67 +6,33 @@ Each stage leaves its files in the run folder; a stage whose files are there is 
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from trimtab.adapters import prove_reload
 from trimtab.data import PreparedData, prepare_data, write_rows
 from trimtab.errors import SourceError, TrainingError
-from trimtab.evaluation.baselines import (
-    LinearProbe,
-    fit_linear_probe,
-    majority_probabilities,
-    tfidf_probabilities,
-)
-from trimtab.evaluation.comparison import PRIMARY_METRIC, compare_systems
-from trimtab.evaluation.evaluate import (
-    Scorer,
-    make_scorer,
-    peak_memory_bytes,
-    predict,
-    read_record,
-    record_system,
-    scoring_cost,
-)
-from trimtab.evaluation.predictions import predictions_for, read_predictions
+from trimtab.evaluation.comparison import compare_systems
+from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
+from trimtab.evaluation.prediction_files import read_predictions
+from trimtab.job import EncodedSplits, Job
 from trimtab.machine import describe_machine, git_state, package_versions
 from trimtab.methods import build_config, get_method
 from trimtab.models import build_without_weights, load_base, quiet_libraries
-from trimtab.precision import NumberFormat, choose_precision, use_float32, use_precision
+from trimtab.precision import choose_precision
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
-from trimtab.runs import RunFolder, TrialFolder, read_json, write_file, write_json
+from trimtab.runs import RunFolder, TrialFolder, read_json, write_json
 from trimtab.sources import ModelSource, fingerprint_files, fingerprint_model, locate_model
 from trimtab.study_config import StudyConfig
-from trimtab.tasks.classification import EncodedRows
-from trimtab.tasks.heads import final_linear
-from trimtab.tuning import TuningData, cached_prefix, tune
-
-
-@dataclass
-class Job:
-    """What the stages of one run share."""
-
-    study: StudyConfig
-    run: RunFolder
-    data: PreparedData
-    source: ModelSource
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - started, 2)
+from trimtab.tasks import Task, get_task
+from trimtab.tasks.examples import EncodedRows
+from trimtab.tasks.heads import final_linear, readout_of
+from trimtab.tuning import cached_prefix, tune
+from trimtab.untuned import score_untuned, untuned_are_scored
 
 
 def run_study(
@@ -92,7 +58,7 @@ def run_study(
     trial = job.run.trial(study.method, study.seed)
     failures: list[dict[str, str]] = []
     failure: TrainingError | None = None
-    if not trial.is_proved or not _baselines_are_scored(job.run):
+    if not trial.is_proved or not untuned_are_scored(job.run, job.task):
         try:
             _score_and_tune(job, trial)
         except TrainingError as error:
@@ -110,46 +76,40 @@ def run_study(
 def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False) -> Job:
     """Every check that needs no weights; then the run folder is this study's."""
     get_method(study.method)
+    task = get_task(study.task)
     run = RunFolder(study.run_folder)
     run.check_free(study.to_yaml(), overwrite)
     progress.stage("Reading the data")
     data = prepare_data(study, progress)
     source = locate_model(study.model, progress)
-    check_model(source, study)
+    check_model(source, study, task)
     run.claim(study.to_yaml(), overwrite)
     write_rows(run.test_rows, data.test)
-    return Job(study, run, data, source, progress)
+    return Job(study, task, run, data, source, progress)
 
 
-def check_model(source: ModelSource, study: StudyConfig) -> None:
+def check_model(source: ModelSource, study: StudyConfig, task: Task) -> None:
     """Refuse a model that cannot be tuned here, from its configuration alone.
 
     Raises:
-        SourceError: it cannot classify, or its head is not one that a linear probe can start.
+        SourceError: it has no model for the task, or its head is not one that is known.
         StudyError: layers to adapt that it does not have.
     """
-    model = build_without_weights(source)
+    model = build_without_weights(source, task.auto_class)
     build_config(model, study)
     try:
-        final_linear(model)
+        (final_linear if task.has_probe else readout_of)(model)
     except NotImplementedError as error:
         raise SourceError(
             f"{source.name} cannot be used: {error}; choose a BERT, Llama or GPT-2 family model"
         ) from error
 
 
-def _baselines_are_scored(run: RunFolder) -> bool:
-    names = ("majority-class", "tfidf-logistic-regression", "linear-probe", "untrained-head")
-    return all(run.baseline(name).is_scored for name in names)
-
-
 def _score_and_tune(job: Job, trial: TrialFolder) -> None:
-    with job.timed("text baselines"):
-        score_text_baselines(job)
     job.progress.stage(f"Loading {job.study.model}")
     with job.timed("load base"):
-        base = load_base(job.source, job.data.label_names, job.study.seed)
-        scorer = make_scorer(base, job.study.max_length_tokens, job.progress)
+        base = load_base(job.source, job.task.auto_class, job.data.label_names, job.study.seed)
+        scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress)
         precision = choose_precision(job.study.precision, scorer.choice.forward, job.progress)
         base_sha256 = fingerprint_model(job.source)
         facts = {
@@ -163,7 +123,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     encoded = encode_splits(job, scorer)
     with cached_prefix(job.study, scorer, base_sha256, job.progress):
         with job.timed("base"):
-            probe = score_base(job, scorer, encoded, precision)
+            probe = score_untuned(job, scorer, encoded, precision)
         if not trial.trained_logits.is_file():
             with job.timed("tune"):
                 tune(job.study, scorer, encoded, probe, precision, trial, facts, job.progress)
@@ -171,7 +131,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
         prove_reload(job.run, trial, job.progress)
 
 
-def encode_splits(job: Job, scorer: Scorer) -> TuningData:
+def encode_splits(job: Job, scorer: Scorer) -> EncodedSplits:
     """Tokenise every split, and tell lengths and truncations."""
     job.progress.stage("Tokenising")
     splits = {name: scorer.encode(getattr(job.data, name)) for name in ("train", "validation", "test")}
@@ -179,20 +139,25 @@ def encode_splits(job: Job, scorer: Scorer) -> TuningData:
     write_json(job.run.data_summary, job.data.summary() | {"tokens": lengths})
     train = lengths["train"]
     job.progress.note(
-        f"tokens a text: median {train['median']:.0f}, 95 % below {train['p95']:.0f}, longest {train['longest']}; "
+        f"tokens a text: median {train['median']:.0f}, 95 % within {train['p95']:.0f}, longest {train['longest']}; "
         f"{train['total']:,} in train"
     )
+    if any(len(encoded.examples) > len(set(encoded.rows)) for encoded in splits.values()):
+        blocks = ", ".join(f"{len(encoded.examples):,} {name}" for name, encoded in splits.items())
+        job.progress.note(f"long texts are cut into blocks of {scorer.max_length_tokens} tokens: {blocks}")
+        return EncodedSplits(**splits)
     cut = {name: length["truncated"] for name, length in lengths.items() if length["truncated"]}
     if cut:
         told = ", ".join(f"{count} {name}" for name, count in cut.items())
         job.progress.note(f"cut to {scorer.max_length_tokens} tokens: {told} texts")
     else:
         job.progress.note(f"no text is longer than {scorer.max_length_tokens} tokens")
-    return TuningData(**splits)
+    return EncodedSplits(**splits)
 
 
 def _describe_lengths(encoded: EncodedRows) -> dict[str, Any]:
-    lengths = np.array([len(example) for example in encoded.examples])
+    blocks = np.array([len(example) for example in encoded.examples])
+    lengths = np.bincount(encoded.rows, blocks)
     return {
         "median": float(np.median(lengths)),
         "p95": float(np.percentile(lengths, 95)),
@@ -200,90 +165,6 @@ def _describe_lengths(encoded: EncodedRows) -> dict[str, Any]:
         "total": int(lengths.sum()),
         "truncated": encoded.truncated,
     }
-
-
-def score_text_baselines(job: Job) -> None:
-    """Majority class, and TF-IDF with logistic regression: no model needed."""
-    data = job.data
-    majority, tfidf = job.run.baseline("majority-class"), job.run.baseline("tfidf-logistic-regression")
-    if not majority.is_scored:
-        probabilities = majority_probabilities(data.train, data.test, len(data.label_names))
-        predictions = predictions_for(data.test, data.label_names, probabilities)
-        record_system(majority, predictions, title="majority class", kind="baseline", cost={})
-    if not tfidf.is_scored:
-        job.progress.stage("Fitting TF-IDF + logistic regression")
-        started = time.perf_counter()
-        probabilities = tfidf_probabilities(data.train, data.validation, data.test)
-        cost = {"train_seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
-        predictions = predictions_for(data.test, data.label_names, probabilities)
-        record_system(tfidf, predictions, title="TF-IDF + logistic regression", kind="baseline", cost=cost)
-
-
-def score_base(job: Job, scorer: Scorer, encoded: TuningData, precision: NumberFormat) -> LinearProbe:
-    """One pass of the frozen base over every row: the untrained head's scores, and the probe's features.
-
-    Test rows are scored in float32, as every system's; what the probe is fitted on comes in the training precision.
-    """
-    untrained, probed = job.run.baseline("untrained-head"), job.run.baseline("linear-probe")
-    if untrained.is_scored and probed.is_scored and probed.probe.is_file():
-        return _read_probe(probed.probe)
-    data, names = job.data, job.data.label_names
-    job.progress.stage("Scoring the base: test")
-    test = scorer.score(encoded.test, job.progress, features=True)
-    job.progress.stage("Scoring the base: train and validation (features for the linear probe)")
-    rest = EncodedRows([*encoded.train.examples, *encoded.validation.examples], 0)
-    forward = scorer.choice.forward
-    use_precision(precision, forward, scorer.first_batch(encoded.train), job.progress, training=False)
-    rest_scores = scorer.score(rest, job.progress, features=True)
-    use_float32(forward)
-    assert rest_scores.features is not None
-    assert test.features is not None
-    train_features, validation_features = torch.split(rest_scores.features, [len(data.train), len(data.validation)])
-
-    started = time.perf_counter()
-    probe = fit_linear_probe(
-        train_features,
-        [row.label for row in data.train],
-        validation_features,
-        [row.label for row in data.validation],
-        has_bias=final_linear(scorer.base.model).bias is not None,
-    )
-    seconds = time.perf_counter() - started
-    parameters = sum(parameter.numel() for parameter in scorer.base.model.parameters())
-    base_cost = scoring_cost(test, len(data.test)) | {
-        "total_parameters": parameters,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    record_system(
-        untrained,
-        predict(data.test, names, test.logits),
-        title="untrained head",
-        kind="base",
-        seed=job.study.seed,
-        cost=base_cost | {"trainable_parameters": 0, "trainable_percent": 0.0},
-    )
-    weights = {"weight": probe.weight} | ({} if probe.bias is None else {"bias": probe.bias})
-    write_file(probed.probe, lambda temporary: save_file(weights, temporary))
-    size = sum(weight.numel() for weight in weights.values())
-    record_system(
-        probed,
-        predict(data.test, names, probe.logits(test.features)),
-        title="linear probe (frozen base)",
-        kind="baseline",
-        cost=base_cost
-        | {
-            "trainable_parameters": size,
-            "trainable_percent": 100 * size / parameters,
-            "adapter_bytes": 4 * size,
-        }
-        | {"train_seconds": rest_scores.seconds + seconds, "train_tokens": encoded.train.tokens},
-    )
-    return probe
-
-
-def _read_probe(path: Any) -> LinearProbe:
-    weights = load_file(path)
-    return LinearProbe(weights["weight"], weights.get("bias"), float("nan"))
 
 
 def compare_run(
@@ -303,7 +184,7 @@ def compare_run(
         "version": 1,
         "study": study.name,
         "task": study.task,
-        "primary_metric": PRIMARY_METRIC,
+        "primary_metric": next(iter(predictions.values())).primary_metric,
         "data": {name: summary[name] for name in kept},
         "systems": systems,
         "contrasts": contrasts,

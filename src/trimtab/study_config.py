@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trimtab.errors import StudyError, suggest
 
-Task = Literal["classification"]
+Task = Literal["classification", "causal_lm"]
 Precision = Literal["float32", "int8", "auto"]
 
 
@@ -25,7 +25,10 @@ class StudyConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     model: str = Field("starter:smollm2-135m", description="Base model: a folder, a Hub id, or starter:NAME.")
-    task: Task = Field("classification", description="What is learnt.")
+    task: Task = Field(
+        "classification",
+        description="What is learnt: classification (a label), or causal_lm (texts, prompts with completions, chats).",
+    )
     train_data: str = Field(
         "starter:rotten-tomatoes",
         description="Training rows: CSV, TSV, JSONL or Parquet (plain or compressed), a datasets folder, "
@@ -36,6 +39,12 @@ class StudyConfig(BaseModel):
     text_column: str | None = Field(None, description="Column with the text; found by name if missing.")
     text_pair_column: str | None = Field(None, description="Column with a second text, for pairs.")
     label_column: str | None = Field(None, description="Column with the label; found by name if missing.")
+    completion_column: str | None = Field(
+        None, description="causal_lm: column with what follows the prompt in text_column; only this is learnt."
+    )
+    messages_column: str | None = Field(
+        None, description="causal_lm: column with chats, lists of role and content; the assistant's turns are learnt."
+    )
     group_column: str | None = Field(
         None, description="Rows with the same value here stay in one split, and are resampled together."
     )

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,28 +29,22 @@ from trimtab.engine.state import TrainingState
 from trimtab.errors import StorageError, TrainingError
 from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
+from trimtab.job import EncodedSplits
 from trimtab.machine import package_versions
 from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of
 from trimtab.precision import NumberFormat, describe_precision, use_float32, use_precision
 from trimtab.progress import Progress
 from trimtab.runs import TrialFolder, write_json, write_jsonl
 from trimtab.study_config import StudyConfig
-from trimtab.tasks.classification import EncodedRows, classification_loss
+from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear
-
-
-@dataclass(frozen=True)
-class TuningData:
-    train: EncodedRows
-    validation: EncodedRows
-    test: EncodedRows
 
 
 def tune(
     study: StudyConfig,
     scorer: Scorer,
-    data: TuningData,
-    probe: LinearProbe,
+    data: EncodedSplits,
+    probe: LinearProbe | None,
     precision: NumberFormat,
     trial: TrialFolder,
     facts: dict[str, Any],
@@ -68,13 +61,15 @@ def tune(
     torch.manual_seed(study.seed)
     peft_model = attach_adapter(scorer.base.model, study, scorer.base.new_modules)
     prepare_adapted(peft_model, scorer.choice.forward)
-    start_head_at_probe(scorer.base.model, probe)
-    trainable, total = peft_model.get_nb_trainable_parameters()
-    progress.note(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%}), head included")
+    if probe is not None:
+        start_head_at_probe(scorer.base.model, probe)
+    trainable, total = _tell_parameters(peft_model, progress)
 
     state = make_state(trainable_parameters(peft_model), study.weight_decay)
     plan = TrainingPlan(scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs)
-    errors = use_precision(precision, scorer.choice.forward, plan[0].to(scorer.base.device), progress, training=True)
+    errors = use_precision(
+        precision, scorer.task, scorer.choice.forward, plan[0].to(scorer.base.device), progress, training=True
+    )
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
     use_float32(scorer.choice.forward)
@@ -104,7 +99,14 @@ def tune(
             f"lower --learning-rate (it was {learning_rate_of(study):g}) and use another --out, or --overwrite"
         )
     progress.stage("Scoring what was trained, to be held against its reload")
-    save_logits(trial.trained_logits, scorer.score(data.test, progress).logits)
+    save_logits(trial.trained_logits, scorer.score(data.test, progress).outputs)
+
+
+def _tell_parameters(peft_model: Any, progress: Progress) -> tuple[int, int]:
+    """Trainable parameters, those of a new head included, and all."""
+    trainable, total = peft_model.get_nb_trainable_parameters()
+    progress.note(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    return trainable, total
 
 
 @contextmanager
@@ -163,22 +165,19 @@ def run_loop(
     """Hand the study's parts to the loop."""
     device = scorer.base.device
     forward = scorer.choice.forward
-    labels = torch.tensor([example.label for example in validation.examples])
+    labels = torch.tensor([label for example in validation.examples for label in example.labels])
 
     def compute_loss(batch: Batch) -> Tensor:
-        batch = batch.to(device)
-        return classification_loss(forward(batch), batch.labels)
+        return scorer.task.loss(forward, batch.to(device))
 
     def validate() -> dict[str, float]:
         set_adapter_training(peft_model, False)
-        logits = scorer.score(validation).logits
+        outputs = scorer.score(validation).outputs
         set_adapter_training(peft_model, True)
-        accuracy = float((logits.argmax(-1) == labels).double().mean())
-        figures = {"loss": float(classification_loss(logits, labels)), "accuracy": accuracy, "score": accuracy}
-        start = " (the linear probe)" if state.step == 0 else ""
-        progress.note(
-            f"step {state.step}/{len(plan)}{start}: validation loss {figures['loss']:.4f}, accuracy {accuracy:.1%}"
-        )
+        figures = scorer.task.summarise(outputs, labels)
+        start = " (the linear probe)" if state.step == 0 and scorer.task.has_probe else ""
+        told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "score")
+        progress.note(f"step {state.step}/{len(plan)}{start}: validation {told}")
         return figures
 
     def on_step(state: TrainingState, figures: dict[str, float]) -> None:

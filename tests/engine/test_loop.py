@@ -12,7 +12,8 @@ from trimtab.engine.frozen import freeze_linears, set_adapter_training, trainabl
 from trimtab.engine.loop import LoopSettings, make_state, train
 from trimtab.methods import attach_adapter
 from trimtab.study_config import build_study
-from trimtab.tasks.classification import Example, classification_loss
+from trimtab.tasks.classification import classification_loss
+from trimtab.tasks.examples import Example
 
 SETTINGS = LoopSettings(5e-3, 0.1, 1.0, steps_between_validations=5, early_stopping_patience=100)
 
@@ -32,7 +33,7 @@ def test_every_row_once_within_the_budget(padded):
 
 
 def test_fraction_of_an_epoch():
-    examples = [Example([1] * 10, None, 9, 0)] * 100
+    examples = [Example([1] * 10, None, [9], [0])] * 100
     plan = TrainingPlan(Collator(examples, True, 0, 0), 100, 0, 1.5)
     assert (plan.steps_per_epoch, len(plan)) == (10, 15)
 
@@ -48,7 +49,7 @@ class Trial:
         for i in range(60):
             length = int(torch.randint(3, 12, (1,), generator=generator))
             ids = torch.randint(5, 100, (length,), generator=generator).tolist()
-            examples.append(Example([5 + i % 3, *ids], None, length, i % 3))
+            examples.append(Example([5 + i % 3, *ids], None, [length], [i % 3]))
         torch.manual_seed(seed)
         self.peft_model = attach_adapter(self.model, build_study({"lora_dropout": 0.1}), [])
         freeze_linears(self.peft_model)
@@ -59,7 +60,7 @@ class Trial:
         set_adapter_training(self.peft_model, True)
 
     def loss(self, batch):
-        return classification_loss(self.forward(batch), batch.labels)
+        return classification_loss(self.forward.logits(batch), batch.labels)
 
     def validate(self):
         set_adapter_training(self.peft_model, False)

@@ -8,7 +8,8 @@ from trimtab.engine.forward import PackedForward, PaddedForward, choose_forward
 from trimtab.engine.frozen import freeze_linears, set_adapter_training, trainable_parameters
 from trimtab.methods import attach_adapter
 from trimtab.study_config import build_study
-from trimtab.tasks.classification import Example, classification_loss
+from trimtab.tasks.classification import classification_loss
+from trimtab.tasks.examples import Example
 from trimtab.tasks.heads import pools_last_token
 
 REQUIRED = ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "mistral"]
@@ -24,8 +25,8 @@ def make_examples(model, lengths=LENGTHS, seed=0):
         Example(
             torch.randint(5, 100, (length,), generator=generator).tolist(),
             None,
-            length - 1 if last else 0,
-            i % 3,
+            [length - 1 if last else 0],
+            [i % 3],
         )
         for i, length in enumerate(lengths)
     ]
@@ -39,7 +40,7 @@ def alone(model, examples, choice):
     """Each text through transformers' own forward, by itself, with its own attention."""
     model.set_attn_implementation("eager")
     collator = Collator(examples, False, 0, 0)
-    logits = torch.cat([PaddedForward(model)(collator.collate([i])) for i in range(len(examples))])
+    logits = torch.cat([PaddedForward(model).logits(collator.collate([i])) for i in range(len(examples))])
     model.set_attn_implementation("trimtab_packed")
     return logits
 
@@ -72,11 +73,11 @@ def test_packed_gives_what_each_text_gives_alone(tiny_model, family):
     examples = make_examples(model)
     batch = pack(examples, choice)
 
-    packed = PackedForward(model)(batch)
+    packed = PackedForward(model).logits(batch)
     single = alone(model, examples, choice)[batch.rows]
     torch.testing.assert_close(packed, single, atol=1e-5, rtol=1e-5)
 
-    from_packed = gradients(peft_model, classification_loss(PackedForward(model)(batch), batch.labels))
+    from_packed = gradients(peft_model, classification_loss(PackedForward(model).logits(batch), batch.labels))
     from_single = gradients(peft_model, classification_loss(alone(model, examples, choice)[batch.rows], batch.labels))
     assert from_packed.keys() == from_single.keys()
     assert any("lora_A" in name and grad.abs().max() > 1e-6 for name, grad in from_single.items())
@@ -107,14 +108,14 @@ def test_a_changed_text_leaves_its_neighbours_alone(tiny_model, family):
     choice = choose_forward(model, 0, 64, False)
     examples = make_examples(model)
     changed_row = 4
-    other = Example([7] * len(examples[changed_row]), None, examples[changed_row].pooled, 0)
+    other = Example([7] * len(examples[changed_row]), None, examples[changed_row].positions, [0])
     changed = [other if i == changed_row else example for i, example in enumerate(examples)]
 
     def run(rows):
         batch = pack(rows, choice)
         embeddings = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
         handle = model.get_input_embeddings().register_forward_hook(lambda *_: embeddings)
-        logits = PackedForward(model)(batch)
+        logits = PackedForward(model).logits(batch)
         handle.remove()
         neighbours = [i for i, row in enumerate(batch.rows) if row != changed_row]
         logits.square().sum().backward()
@@ -143,7 +144,7 @@ def test_windows_shorter_than_a_text_are_kept(tiny_model, family):
     batch = pack(examples, choice)
     with torch.no_grad():
         torch.testing.assert_close(
-            PackedForward(model)(batch), alone(model, examples, choice)[batch.rows], atol=1e-5, rtol=1e-5
+            PackedForward(model).logits(batch), alone(model, examples, choice)[batch.rows], atol=1e-5, rtol=1e-5
         )
 
 
@@ -156,6 +157,6 @@ def test_a_model_that_ignores_packing_is_padded_and_says_why(tiny_model, family)
     examples = make_examples(model)
     batch = Collator(examples, False, 0, 0).collate(range(len(examples)))
     with torch.no_grad():
-        together = choice.forward(batch)
-        lone = torch.cat([choice.forward(Collator([e], False, 0, 0).collate([0])) for e in examples])
+        together = choice.forward.logits(batch)
+        lone = torch.cat([choice.forward.logits(Collator([e], False, 0, 0).collate([0])) for e in examples])
     torch.testing.assert_close(together, lone[batch.rows], atol=1e-5, rtol=1e-5)

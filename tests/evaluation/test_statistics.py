@@ -7,9 +7,10 @@ import pytest
 from sklearn import metrics as reference
 
 from trimtab.errors import DataError
+from trimtab.evaluation.class_predictions import ClassPredictions
 from trimtab.evaluation.comparison import compare_systems, compare_two, contrast, settle
-from trimtab.evaluation.metrics import compute_metrics
-from trimtab.evaluation.predictions import Predictions, read_predictions
+from trimtab.evaluation.prediction_files import read_predictions
+from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.statistics import (
     bootstrap_metrics,
     bootstrap_p_value,
@@ -19,6 +20,7 @@ from trimtab.evaluation.statistics import (
     percentile_interval,
     wilson_interval,
 )
+from trimtab.evaluation.token_predictions import TokenPredictions
 
 
 def make_predictions(rows=300, classes=3, skill=2.0, seed=0, labels=None, names=None):
@@ -26,7 +28,7 @@ def make_predictions(rows=300, classes=3, skill=2.0, seed=0, labels=None, names=
     labels = generator.integers(classes, size=rows) if labels is None else labels
     logits = generator.normal(size=(rows, classes)) + skill * np.eye(classes)[labels]
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    return Predictions(
+    return ClassPredictions(
         [f"test:{i}" for i in range(rows)], names or [f"c{i}" for i in range(classes)], labels, probabilities
     )
 
@@ -71,7 +73,7 @@ def null_pair(generator, rows):
     for _ in range(2):
         margin = 0.8 * (2 * labels - 1) + 0.7 * shared + generator.normal(size=rows)
         p = 1 / (1 + np.exp(-margin))
-        pair.append(Predictions(list(map(str, range(rows))), ["a", "b"], labels, np.column_stack([1 - p, p])))
+        pair.append(ClassPredictions(list(map(str, range(rows))), ["a", "b"], labels, np.column_stack([1 - p, p])))
     return {"first": pair[0], "second": pair[1]}
 
 
@@ -83,8 +85,8 @@ def test_paired_bootstrap_under_a_true_null(metric):
     for study in range(studies):
         resampled = bootstrap_metrics(null_pair(generator, 200), resamples=500, seed=study)
         differences = resampled["first"][metric] - resampled["second"][metric]
-        wrong += bootstrap_p_value(differences) < 0.05
-        low, high = percentile_interval(differences)
+        wrong += bootstrap_p_value(differences, 200) < 0.05
+        low, high = percentile_interval(differences, 200)
         covered += low <= 0 <= high
     assert 0.04 <= wrong / studies <= 0.06
     assert 0.93 <= covered / studies <= 0.97
@@ -98,7 +100,7 @@ def test_wilson_and_accuracy_difference_cover():
     inside = 0
     for study in range(1000):
         resampled = bootstrap_metrics(null_pair(generator, 200), resamples=400, seed=study)
-        low, high = percentile_interval(resampled["first"]["accuracy"] - resampled["second"]["accuracy"])
+        low, high = percentile_interval(resampled["first"]["accuracy"] - resampled["second"]["accuracy"], 200)
         inside += low <= 0 <= high
     assert 0.93 <= inside / 1000 <= 0.97
 
@@ -106,11 +108,41 @@ def test_wilson_and_accuracy_difference_cover():
 def test_grouped_rows_widen_the_interval():
     labels = np.repeat(np.random.default_rng(0).integers(2, size=40), 10)
     p = np.clip(0.5 + 0.3 * np.repeat(np.random.default_rng(1).normal(size=40), 10), 0.01, 0.99)
-    predictions = Predictions(list(map(str, range(400))), ["a", "b"], labels, np.column_stack([1 - p, p]))
+    predictions = ClassPredictions(list(map(str, range(400))), ["a", "b"], labels, np.column_stack([1 - p, p]))
     groups = [str(i // 10) for i in range(400)]
-    alone = percentile_interval(bootstrap_metrics({"x": predictions}, resamples=1000)["x"]["accuracy"])
-    grouped = percentile_interval(bootstrap_metrics({"x": predictions}, groups, resamples=1000)["x"]["accuracy"])
+    alone = percentile_interval(bootstrap_metrics({"x": predictions}, resamples=1000)["x"]["accuracy"], 400)
+    grouped = percentile_interval(bootstrap_metrics({"x": predictions}, groups, resamples=1000)["x"]["accuracy"], 40)
     assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])
+
+
+@pytest.mark.parametrize("texts", [8, 13, 40])
+def test_few_texts_are_no_more_sure_than_many(texts):
+    """Perplexities of two equal language models, on so few texts that plain percentiles would be wrong in 9 to 16 %."""
+    generator = np.random.default_rng(5)
+    studies, wrong, covered = 1500, 0, 0
+    for study in range(studies):
+        tokens, hard = generator.integers(200, 3000, texts), generator.normal(3, 0.3, texts)
+        systems = {name: TokenPredictions(list(map(str, range(texts))), (hard + generator.normal(0, 0.05, texts)) * tokens,
+                                          tokens, tokens // 3) for name in ("first", "second")}  # fmt: skip
+        resampled = bootstrap_metrics(systems, resamples=2000, seed=study)
+        differences = resampled["first"]["perplexity"] - resampled["second"]["perplexity"]
+        wrong += bootstrap_p_value(differences, texts) < 0.05
+        low, high = percentile_interval(differences, texts)
+        covered += low <= 0 <= high
+    assert 0.03 <= wrong / studies <= 0.07
+    assert 0.93 <= covered / studies <= 0.97
+
+
+def test_one_text_shows_nothing():
+    differences = np.full(500, -1.0)
+    assert bootstrap_p_value(differences, 1) == 1.0
+    assert percentile_interval(np.arange(5.0), 1) == (0.0, 4.0)
+
+
+def test_perplexity_is_over_tokens_not_texts():
+    predictions = TokenPredictions(["a", "b"], np.array([2.0, 9.0]), np.array([2, 3]), np.array([1, 0]))
+    found = compute_metrics(predictions)
+    assert found == pytest.approx({"perplexity": np.exp(11 / 5), "loss": 11 / 5, "token_accuracy": 1 / 5})
 
 
 def test_verdicts_and_holm():
@@ -122,7 +154,7 @@ def test_verdicts_and_holm():
     resampled = bootstrap_metrics(systems, resamples=2000)
     found = settle(
         [
-            contrast("tuned", other, metric, systems, resampled)
+            contrast("tuned", other, metric, systems, resampled, 800)
             for other in ("weak", "equal")
             for metric in ("accuracy", "loss")
         ]
@@ -133,7 +165,7 @@ def test_verdicts_and_holm():
     assert all(c["p_adjusted"] >= c["p_value"] for c in found)
     weak = next(c for c in found if c["against"] == "weak" and c["metric"] == "accuracy")
     assert weak["low"] <= weak["difference"] <= weak["high"]
-    backwards = settle([contrast("weak", "tuned", "loss", systems, resampled)])
+    backwards = settle([contrast("weak", "tuned", "loss", systems, resampled, 800)])
     assert backwards[0]["verdict"] == "worse"
     assert backwards[0]["difference"] > 0
 

@@ -105,7 +105,7 @@ def test_headline_is_about_the_seed_that_validation_chose(new_run: NewRun) -> No
     assert content.tuned is not None
     assert content.tuned.name == "lora-s0"
     write_report(run)
-    assert "LoRA, tuned (lora-s0) was chosen among 2 tuned systems by its validation accuracy" in page_text(run)
+    assert "LoRA, tuned (lora-s0) was chosen among 2 tuned systems by its validation rows" in page_text(run)
 
 
 def test_every_system_contrast_and_cost_is_in_both_outputs(new_run: NewRun) -> None:

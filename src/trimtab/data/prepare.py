@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.data.columns import Columns, find_columns, label_names, to_rows
+from trimtab.data.columns import (
+    Columns,
+    find_columns,
+    find_language_columns,
+    label_names,
+    to_language_rows,
+    to_rows,
+)
 from trimtab.data.duplicates import find_near_duplicates
 from trimtab.data.reading import Source, Table, read_source
 from trimtab.data.rows import Row
@@ -60,22 +67,23 @@ def prepare_data(study: StudyConfig, progress: Progress) -> PreparedData:
     source = read_source(study.train_data, progress)
     train_table = source.splits["train"]
     columns = _columns_of(study, source, train_table, progress)
-    names = label_names(train_table, columns)
-    train = to_rows(train_table, "train", columns, names)
+    names = label_names(train_table, columns) if columns.label else []
+    train = _rows_of(train_table, "train", columns, names)
     given = {
         split: _given_split(split, path, source, columns, names, progress)
         for split, path in (("test", study.test_data), ("validation", study.validation_data))
     }
     test, validation = given["test"], given["validation"]
     if test is None:
-        train, test = cut_split(train, study.seed, "test")
+        train, test = cut_split(train, study.seed, "test", bool(names))
     if validation is None:
-        train, validation = cut_split(train, study.seed, "validation")
+        train, validation = cut_split(train, study.seed, "validation", bool(names))
     _refuse_overlap(study)
     train = take_rows(train, study.max_train_rows, study.seed)
     validation = take_rows(validation, study.max_validation_rows, study.seed)
     test = take_rows(test, study.max_test_rows, study.seed)
-    _check_classes(train, names)
+    if columns.label:
+        _check_classes(train, names)
     duplicate_rows, leaked = find_near_duplicates(train, test)
     prepared = PreparedData(
         train, validation, test, names, duplicate_rows, leaked, _fingerprint(train, validation, test), columns
@@ -86,10 +94,14 @@ def prepare_data(study: StudyConfig, progress: Progress) -> PreparedData:
 
 def _columns_of(study: StudyConfig, source: Source, table: Table, progress: Progress) -> Columns:
     starter = source.starter
+    if study.task == "causal_lm":
+        text = study.text_column or (starter.text_column if starter else None)
+        group = study.group_column or (starter.group_column if starter else None)
+        return find_language_columns(table, text, study.completion_column, study.messages_column, group, progress)
     if starter and starter.label_column is None and study.label_column is None:
         raise DataError(
             f"{study.train_data} has texts without labels, made for language modelling; "
-            "classification needs labels: try starter:rotten-tomatoes or starter:reuters-r8"
+            "classification needs labels: try starter:rotten-tomatoes or starter:reuters-r8, or --task causal_lm"
         )
     return find_columns(
         table,
@@ -109,11 +121,18 @@ def _given_split(
     if path is not None:
         given = read_source(path, progress).splits
         table = given.get(split) or given["train"]
-        find_columns(table, columns.text, columns.text_pair, columns.label, columns.group, progress)
-    elif table and split == "test" and all(row.get(columns.label) is None for row in table.rows):
+        if columns.label:
+            find_columns(table, columns.text, columns.text_pair, columns.label, columns.group, progress)
+        else:
+            find_language_columns(table, columns.text, columns.completion, columns.messages, columns.group, progress)
+    elif columns.label and table and split == "test" and all(row.get(columns.label) is None for row in table.rows):
         progress.note(f"{table.source} has no labels, so it is left out; test rows are cut from train")
         return None
-    return to_rows(table, split, columns, names) if table else None
+    return _rows_of(table, split, columns, names) if table else None
+
+
+def _rows_of(table: Table, split: str, columns: Columns, names: list[str]) -> list[Row]:
+    return to_rows(table, split, columns, names) if columns.label else to_language_rows(table, split, columns)
 
 
 def _refuse_overlap(study: StudyConfig) -> None:
@@ -141,15 +160,16 @@ def _fingerprint(*splits: list[Row]) -> str:
     digest = hashlib.sha256()
     for rows in splits:
         for row in rows:
-            digest.update(repr((row.id, row.text, row.text_pair, row.label, row.group)).encode())
+            digest.update(repr(astuple(row)).encode())
         digest.update(b"\0")
     return digest.hexdigest()
 
 
 def _describe(data: PreparedData, progress: Progress) -> None:
     progress.note(f"rows: {len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test")
-    shares = ", ".join(f"{name} {count / len(data.train):.0%}" for name, count in data._counts(data.train).items())
-    progress.note(f"labels in train: {shares}")
+    if data.label_names:
+        shares = ", ".join(f"{name} {count / len(data.train):.0%}" for name, count in data._counts(data.train).items())
+        progress.note(f"labels in train: {shares}")
     if data.columns.group:
         progress.note(f"rows with the same {data.columns.group!r} stay in one split")
     if data.duplicate_rows or data.leaked_test_ids:

@@ -11,13 +11,19 @@ from trimtab.runs import read_jsonl, write_jsonl
 
 @dataclass(frozen=True)
 class Row:
-    """`label` indexes the label names; `id` is `split:number` as in the source, from 1."""
+    """`id` is `split:number` as in the source, from 1; `label` indexes the label names, 0 where a task has none.
+
+    For language models `text` is a whole text, or a prompt where there is a `completion`; a chat has
+    its `messages` (role and content), and what the assistant says as its text.
+    """
 
     id: str
     text: str
-    text_pair: str | None
-    label: int
-    group: str | None
+    text_pair: str | None = None
+    label: int = 0
+    group: str | None = None
+    completion: str | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -8,26 +8,32 @@ from collections.abc import Sequence
 from trimtab.data.rows import Row
 from trimtab.errors import DataError
 
-# A tenth of the rows each for validation and for test, where they are not given.
+# A tenth of the rows each for validation and for test, where they are not given; of few long texts a fifth, since a
+# test needs some of them.
 _FOLDS = 10
+_FOLDS_OF_FEW = 5
+FEW_TEXTS = 200
 
 
-def cut_split(rows: Sequence[Row], seed: int, what: str) -> tuple[list[Row], list[Row]]:
+def cut_split(rows: Sequence[Row], seed: int, what: str, has_labels: bool = True) -> tuple[list[Row], list[Row]]:
     """(kept, cut): a tenth cut off, by label share; groups stay whole where rows have them.
+
+    Of fewer than 200 rows without labels a fifth is cut off.
 
     Raises:
         DataError: too few rows or groups to cut from.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    labels = [row.label for row in rows]
+    labels = [row.label for row in rows]  # all alike where the task has none
     grouped = rows[0].group is not None
     units = len({row.group for row in rows}) if grouped else min(Counter(labels).values())
     if units < 2:
         kind = "groups" if grouped else "rows of the rarest class"
         raise DataError(f"too few {kind} ({units}) to cut a {what} split from train; give --{what}-data, or more rows")
     splitter = StratifiedGroupKFold if grouped else StratifiedKFold
-    folds = splitter(n_splits=min(_FOLDS, units), shuffle=True, random_state=seed)
+    wanted = _FOLDS if has_labels or len(rows) >= FEW_TEXTS else _FOLDS_OF_FEW
+    folds = splitter(n_splits=min(wanted, units), shuffle=True, random_state=seed)
     kept, cut = next(folds.split(labels, labels, [row.group for row in rows] if grouped else None))
     return [rows[i] for i in kept], [rows[i] for i in cut]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engine.attention import Run, runs_of
-from trimtab.tasks.classification import Example
+from trimtab.tasks.examples import Example
 
 # Texts of like length are sought among the rows of this many batches.
 _POOL_BATCHES = 40
@@ -27,8 +27,9 @@ class Batch:
     """Tensors of one step.
 
     Packed: `input_ids` is [1, tokens], and `runs` give the texts in it. Padded: `input_ids` is
-    [rows, longest], `runs` is None and `attention_mask` is set. `pooled` holds each row's pooled
-    position in `input_ids.flatten()`; `rows` the places of the rows in the encoded data.
+    [texts, longest], `runs` is None and `attention_mask` is set. `pooled` holds the positions in
+    `input_ids.flatten()` that the head reads, `labels` what it shall say there; `rows` the places
+    of the texts in the encoded data.
     """
 
     input_ids: Tensor
@@ -135,8 +136,8 @@ class Collator:
             token_type_ids=self._types([token for example in examples for token in example.token_type_ids or ()]),
             attention_mask=None,
             runs=runs_of(lengths),
-            pooled=torch.tensor([start + example.pooled for start, example in zip(starts, examples, strict=False)]),
-            labels=torch.tensor([example.label for example in examples]),
+            pooled=_places(examples, starts),
+            labels=torch.tensor([label for example in examples for label in example.labels]),
             rows=rows,
             tokens=starts[-1],
         )
@@ -156,14 +157,19 @@ class Collator:
             token_type_ids=types,
             attention_mask=torch.tensor([pad([1] * len(example), 0) for example in examples]),
             runs=None,
-            pooled=torch.tensor([i * longest + example.pooled for i, example in enumerate(examples)]),
-            labels=torch.tensor([example.label for example in examples]),
+            pooled=_places(examples, [i * longest for i in range(len(examples))]),
+            labels=torch.tensor([label for example in examples for label in example.labels]),
             rows=rows,
             tokens=sum(map(len, examples)),
         )
 
     def _types(self, values: list[int]) -> Tensor | None:
         return _row(values) if values else None
+
+
+def _places(examples: Sequence[Example], starts: Sequence[int]) -> Tensor:
+    return torch.tensor([start + position for start, example in zip(starts, examples, strict=False)
+                         for position in example.positions])  # fmt: skip
 
 
 def _row(values: list[int]) -> Tensor:

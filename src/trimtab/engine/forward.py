@@ -1,4 +1,4 @@
-"""A classification model's forward, packed or padded, chosen by comparing outputs at load.
+"""A model's forward, packed or padded, chosen by comparing outputs at load.
 
 `PaddedForward` is the plain twin: transformers' own forward on padded rows. `PackedForward` must give
 the same logits, or it is not used; where it can, it runs all layers as one function (`fused`).
@@ -17,24 +17,32 @@ from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import LayerStack, build_stack
 from trimtab.engine.last_layer import only_rows
-from trimtab.tasks.classification import Example
-from trimtab.tasks.heads import backbone_of, final_linear, logits_from_pooled
+from trimtab.tasks.examples import Example
+from trimtab.tasks.heads import backbone_of, final_linear, is_language_model, logits_from_pooled, pools_last_token
 
-# Largest difference in logits between a packed and a lone text that counts as equal.
+# Largest difference in logits between a packed and a lone text that counts as equal: of 1, or of the largest logit,
+# since language models' are in the tens.
 PROBE_TOLERANCE = 1e-5
 
 
 class Forward(Protocol):
-    """Logits [rows, classes] of a batch, in the batch's order."""
+    """States and logits at the positions that a batch asks for, in its order."""
 
     packed: bool
+    model: Any
 
     @property
     def name(self) -> str:
         """How the layers are computed: fused, packed or padded."""
         ...
 
-    def __call__(self, batch: Batch) -> Tensor: ...
+    def states(self, batch: Batch) -> Tensor:
+        """[positions, hidden] that the head reads."""
+        ...
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[positions, classes]."""
+        ...
 
 
 class PaddedForward:
@@ -44,12 +52,21 @@ class PaddedForward:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def __call__(self, batch: Batch) -> Tensor:
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    def states(self, batch: Batch) -> Tensor:
+        states: Tensor = backbone_of(self.model)(**self._inputs(batch)).last_hidden_state
+        return states.flatten(0, 1).index_select(0, batch.pooled)
+
+    def logits(self, batch: Batch) -> Tensor:
+        logits: Tensor = self.model(**self._inputs(batch)).logits
+        return logits if logits.dim() == 2 else logits.flatten(0, 1).index_select(0, batch.pooled)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+        if getattr(self.model.config, "use_cache", False):
+            inputs["use_cache"] = False
+        return inputs
 
 
 class PackedForward:
@@ -64,9 +81,11 @@ class PackedForward:
     def name(self) -> str:
         return "fused" if self.stack is not None and self.stack.fits() else "packed"
 
-    def __call__(self, batch: Batch) -> Tensor:
-        logits: Tensor = logits_from_pooled(self.model, self.pooled_states(batch))
-        return logits
+    def states(self, batch: Batch) -> Tensor:
+        return self.hidden_states(batch, batch.pooled)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return logits_from_pooled(self.model, self.states(batch))
 
     def hidden_states(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """[tokens, hidden] of the backbone's last layer; of the tokens `rows` only, where they are given."""
@@ -81,10 +100,6 @@ class PackedForward:
         with only_rows(rows if self.limited else None):
             states: Tensor = backbone_of(self.model)(**inputs, packed_runs=batch.runs).last_hidden_state[0]
         return states if rows is None or self.limited else states.index_select(0, rows)
-
-    def pooled_states(self, batch: Batch) -> Tensor:
-        """[rows, hidden] at each text's pooled token."""
-        return self.hidden_states(batch, batch.pooled)
 
 
 class HeadFeatures:
@@ -175,19 +190,22 @@ def _fused_forward(model: Any, probe: Callable[[PackedForward], float]) -> Packe
 def _make_probe(
     model: Any, offset: int, pad_token_id: int, max_length_tokens: int, type_ids: bool, stock: str
 ) -> Callable[[PackedForward], float]:
-    """A function that tells the largest logit difference between texts packed together and each alone, stock."""
+    """A function that tells the largest logit difference between texts packed together and each alone, stock.
+
+    The difference is relative to the largest logit where that is above 1.
+    """
     # Two of one length share a run; the longest shows windows that short texts never reach.
     lengths = [3, 7, 7, max(7, max_length_tokens)]
     generator = torch.Generator().manual_seed(0)
     vocabulary = [
         token for token in range(min(1000, model.config.get_text_config().vocab_size)) if token != pad_token_id
     ]
-    pools_last = hasattr(model, "score")
+    pools_last = pools_last_token(model) or is_language_model(model)
     examples = []
     for length in lengths:
         picks = torch.randint(len(vocabulary), (length,), generator=generator).tolist()
         ids = [vocabulary[i] for i in picks]
-        examples.append(Example(ids, [0] * length if type_ids else None, length - 1 if pools_last else 0, 0))
+        examples.append(Example(ids, [0] * length if type_ids else None, [length - 1 if pools_last else 0], [0]))
     device = next(model.parameters()).device
     pack = Collator(examples, True, offset, pad_token_id).collate(range(len(examples))).to(device)
     model.set_attn_implementation(stock)
@@ -197,11 +215,11 @@ def _make_probe(
 
     def difference(forward: PackedForward) -> float:
         with torch.no_grad():
-            return float((forward(pack) - alone).abs().max())
+            return float((forward.logits(pack) - alone).abs().max() / alone.abs().max().clamp_min(1.0))
 
     return difference
 
 
 def _logits_alone(model: Any, examples: Sequence[Example], pad_token_id: int, device: torch.device) -> Tensor:
     collator = Collator(examples, False, 0, pad_token_id)
-    return torch.cat([PaddedForward(model)(collator.collate([i]).to(device)) for i in range(len(examples))])
+    return torch.cat([PaddedForward(model).logits(collator.collate([i]).to(device)) for i in range(len(examples))])

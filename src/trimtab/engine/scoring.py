@@ -1,15 +1,16 @@
-"""Logits of many rows, in the rows' order, without gradients."""
+"""A task's outputs for many rows, in the rows' order, without gradients."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimtab.engine.batches import Collator
-from trimtab.engine.forward import Forward, HeadFeatures
+from trimtab.engine.batches import Batch, Collator
+from trimtab.engine.forward import HeadFeatures
 from trimtab.progress import Progress, Silent
 
 # Scoring needs no room for gradients: larger batches, sorted by length.
@@ -18,9 +19,13 @@ SCORING_TOKENS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class Scores:
-    """`logits` [rows, classes] and, where asked for, `features` [rows, features], float32 on CPU."""
+    """`outputs` [positions, columns] and, where asked for, `features` [positions, features], float32 on CPU.
 
-    logits: Tensor
+    Positions are those of the examples, in their order; `examples` [positions] tells whose each is.
+    """
+
+    outputs: Tensor
+    examples: Tensor
     features: Tensor | None
     seconds: float
     tokens: int
@@ -28,7 +33,7 @@ class Scores:
 
 
 def score_rows(
-    forward: Forward,
+    compute: Callable[[Batch], Tensor],
     collator: Collator,
     device: torch.device,
     *,
@@ -36,11 +41,11 @@ def score_rows(
     tokens_per_batch: int = SCORING_TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> Scores:
-    """Run `forward` over every example of `collator`."""
+    """Run `compute`, which gives [positions, columns], over every example of `collator`."""
     listener = progress or Silent()
     batches = collator.plan(tokens_per_batch, None)
     total = sum(map(len, collator.examples))
-    logits: list[Tensor] = []
+    outputs: list[Tensor] = []
     caught: list[Tensor] = []
     order: list[int] = []
     tokens = 0
@@ -48,17 +53,19 @@ def score_rows(
     with torch.inference_mode():
         for rows in batches:
             batch = collator.collate(rows).to(device)
-            logits.append(forward(batch).float().cpu())
+            outputs.append(compute(batch).float().cpu())
             if features is not None:
                 caught.append(features.take(batch).float().cpu())
-            order.extend(batch.rows)
+            order.extend(row for row in batch.rows for _ in collator.examples[row].positions)
             tokens += batch.tokens
             seconds = time.perf_counter() - started
             listener.advance(tokens, total, "tokens", tokens_per_second=tokens / seconds)
     seconds = time.perf_counter() - started
-    place = torch.tensor(order).argsort()
+    examples = torch.tensor(order)
+    place = examples.argsort(stable=True)
     return Scores(
-        torch.cat(logits).index_select(0, place),
+        torch.cat(outputs).index_select(0, place),
+        examples.index_select(0, place),
         torch.cat(caught).index_select(0, place) if caught else None,
         seconds,
         tokens,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import DataError, suggest
-from trimtab.evaluation.metrics import LOWER_IS_BETTER, METRICS, compute_metrics
-from trimtab.evaluation.predictions import Floats, Predictions
+from trimtab.evaluation.class_predictions import ClassPredictions
+from trimtab.evaluation.prediction_files import KINDS
+from trimtab.evaluation.predictions import LOWER_IS_BETTER, Floats, Predictions, compute_metrics
 from trimtab.evaluation.statistics import (
     bootstrap_metrics,
     bootstrap_p_value,
@@ -21,7 +22,6 @@ from trimtab.evaluation.statistics import (
 )
 
 SIGNIFICANCE = 0.05
-PRIMARY_METRIC = "accuracy"
 
 
 def contrast(
@@ -30,12 +30,20 @@ def contrast(
     metric: str,
     predictions: Mapping[str, Predictions],
     resampled: Mapping[str, Mapping[str, Floats]],
+    units: int,
 ) -> dict[str, Any]:
-    """One contrast without its adjusted p-value and verdict; a positive difference is `system` above."""
+    """One contrast without its adjusted p-value and verdict; a positive difference is `system` above.
+
+    Args:
+        units: rows, or groups of rows, that were resampled.
+    """
     differences = resampled[system][metric] - resampled[against][metric]
     values = [compute_metrics(predictions[name])[metric] for name in (system, against)]
-    low, high = percentile_interval(differences)
-    exact = metric == "accuracy"
+    low, high = percentile_interval(differences, units)
+    ours, theirs = predictions[system], predictions[against]
+    p_value, test = bootstrap_p_value(differences, units), "paired_bootstrap"
+    if metric == "accuracy" and isinstance(ours, ClassPredictions) and isinstance(theirs, ClassPredictions):
+        p_value, test = mcnemar_exact(ours.correct, theirs.correct), "mcnemar_exact"
     return {
         "system": system,
         "against": against,
@@ -43,11 +51,9 @@ def contrast(
         "difference": values[0] - values[1],
         "low": low,
         "high": high,
-        "p_value": mcnemar_exact(predictions[system].correct, predictions[against].correct)
-        if exact
-        else bootstrap_p_value(differences),
-        "test": "mcnemar_exact" if exact else "paired_bootstrap",
-        "minimum_detectable_difference": minimum_detectable_difference(differences, len(predictions[system].ids)),
+        "p_value": p_value,
+        "test": test,
+        "minimum_detectable_difference": minimum_detectable_difference(differences, len(ours.ids)),
     }
 
 
@@ -75,28 +81,35 @@ def check_same_rows(first: Predictions, second: Predictions, names: tuple[str, s
             f"{names[0]} and {names[1]} are not about the same rows ({len(first.ids)} and {len(second.ids)}; "
             f"{detail}); a paired test needs both systems on one test set"
         )
-    if first.label_names != second.label_names or not np.array_equal(first.labels, second.labels):
-        raise DataError(f"{names[0]} and {names[1]} disagree on the labels of the same rows")
+    if type(first) is not type(second):
+        raise DataError(f"{names[0]} and {names[1]} are predictions of different tasks")
+    if not first.agrees_with(second):
+        what = "labels" if isinstance(first, ClassPredictions) else "numbers of tokens"
+        raise DataError(f"{names[0]} and {names[1]} disagree on the {what} of the same rows")
 
 
 def compare_two(
-    first: Predictions, second: Predictions, names: tuple[str, str], metric: str = PRIMARY_METRIC
+    first: Predictions, second: Predictions, names: tuple[str, str], metric: str | None = None
 ) -> dict[str, Any]:
-    """The second system against the first on one metric, with both systems' metrics.
+    """The second system against the first on one metric (the task's own, if None), with both systems' metrics.
 
     Raises:
-        DataError: not the same rows.
+        DataError: not the same rows, or a metric that such predictions do not have.
     """
     check_same_rows(first, second, names)
+    metric = metric or first.primary_metric
+    if metric not in first.metrics:
+        raise DataError(f"these predictions have no {metric}; they have: {', '.join(first.metrics)}")
     predictions = {names[0]: first, names[1]: second}
     resampled = bootstrap_metrics(predictions)
     return {
         "version": 1,
         "primary_metric": metric,
         "systems": [
-            {"name": name, "metrics": metric_intervals(one, resampled[name])} for name, one in predictions.items()
+            {"name": name, "metrics": metric_intervals(one, resampled[name], len(one.ids))}
+            for name, one in predictions.items()
         ],
-        "contrasts": settle([contrast(names[1], names[0], metric, predictions, resampled)]),
+        "contrasts": settle([contrast(names[1], names[0], metric, predictions, resampled, len(first.ids))]),
     }
 
 
@@ -116,27 +129,30 @@ def compare_systems(
     first = next(iter(predictions.values()))
     resampled = bootstrap_metrics(predictions, groups, seed=seed)
     keep = np.array([row not in leaked for row in first.ids])
-    clean, clean_resampled = dict(predictions), resampled
+    units = len(first.ids if groups is None else set(groups))
+    clean, clean_resampled, clean_units = dict(predictions), resampled, units
     if leaked and keep.any():
         clean = {name: one.select(keep) for name, one in predictions.items()}
         kept_groups = None if groups is None else [group for group, kept in zip(groups, keep, strict=True) if kept]
         clean_resampled = bootstrap_metrics(clean, kept_groups, seed=seed)
+        clean_units = int(keep.sum()) if kept_groups is None else len(set(kept_groups))
     systems = [
         {
             **record,
-            "metrics": metric_intervals(predictions[record["name"]], resampled[record["name"]]),
-            "metrics_clean": metric_intervals(clean[record["name"]], clean_resampled[record["name"]]),
+            "metrics": metric_intervals(predictions[record["name"]], resampled[record["name"]], units),
+            "metrics_clean": metric_intervals(clean[record["name"]], clean_resampled[record["name"]], clean_units),
         }
         for record in records
     ]
     tuned = [record["name"] for record in records if record["kind"] == "tuned"]
     others = [record["name"] for record in records if record["kind"] != "tuned"]
     pairs = [(name, other) for name in tuned for other in others]
-    return systems, settle([contrast(a, b, PRIMARY_METRIC, predictions, resampled) for a, b in pairs])
+    return systems, settle([contrast(a, b, first.primary_metric, predictions, resampled, units) for a, b in pairs])
 
 
 def check_metric(metric: str) -> str:
     """The metric's name, or DataError with the nearest."""
-    if metric not in METRICS:
-        raise DataError(f"unknown metric {metric!r}{suggest(metric, METRICS)}; there are: {', '.join(METRICS)}")
+    known = sorted({name for kind in KINDS for name in kind.metrics})
+    if metric not in known:
+        raise DataError(f"unknown metric {metric!r}{suggest(metric, known)}; there are: {', '.join(known)}")
     return metric

@@ -4,41 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trimtab.data import Row
 from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.forward import Choice, HeadFeatures, choose_forward, usable_length
 from trimtab.engine.scoring import Scores, score_rows
-from trimtab.evaluation.metrics import compute_metrics
-from trimtab.evaluation.predictions import Predictions, predictions_for
+from trimtab.evaluation.class_predictions import predictions_for
+from trimtab.evaluation.predictions import Predictions, compute_metrics
+from trimtab.evaluation.token_predictions import token_predictions_for
 from trimtab.models import BaseModel
 from trimtab.progress import Progress
 from trimtab.runs import SystemFolder, read_json, write_json
-from trimtab.tasks.classification import EncodedRows, encode_rows, probabilities_of
-from trimtab.tasks.heads import pools_last_token
+from trimtab.tasks import Task
+from trimtab.tasks.classification import probabilities_of
+from trimtab.tasks.examples import EncodedRows
 
 
 @dataclass
 class Scorer:
-    """A base model with its chosen forward: encodes rows, makes batches, scores."""
+    """A base model with its chosen forward, at a task: encodes rows, makes batches, scores."""
 
+    task: Task
     base: BaseModel
     choice: Choice
     max_length_tokens: int
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
-        return encode_rows(
-            rows,
-            self.base.tokenizer,
-            self.max_length_tokens,
-            pools_last_token(self.base.model),
-            self.base.model.config.pad_token_id,
-        )
+        return self.task.encode(rows, self.base.tokenizer, self.base.model, self.max_length_tokens)
 
     def collator(self, encoded: EncodedRows) -> Collator:
         forward = self.choice.forward
@@ -53,13 +50,14 @@ class Scorer:
 
     def score(self, encoded: EncodedRows, progress: Progress | None = None, features: bool = False) -> Scores:
         collator = self.collator(encoded)
+        compute = partial(self.task.outputs, self.choice.forward)
         if not features:
-            return score_rows(self.choice.forward, collator, self.base.device, progress=progress)
+            return score_rows(compute, collator, self.base.device, progress=progress)
         with HeadFeatures(self.base.model) as caught:
-            return score_rows(self.choice.forward, collator, self.base.device, features=caught, progress=progress)
+            return score_rows(compute, collator, self.base.device, features=caught, progress=progress)
 
 
-def make_scorer(base: BaseModel, max_length_tokens: int, progress: Progress) -> Scorer:
+def make_scorer(task: Task, base: BaseModel, max_length_tokens: int, progress: Progress) -> Scorer:
     """Choose the forward by probing the loaded base; says which and why where it is not the packed one."""
     usable = usable_length(base.model, max_length_tokens)
     if usable < max_length_tokens:
@@ -72,7 +70,7 @@ def make_scorer(base: BaseModel, max_length_tokens: int, progress: Progress) -> 
         progress.note(f"texts are packed without padding{fused} (packed and lone texts gave the same logits)")
     else:
         progress.note(f"texts are padded, in batches of like length: packing does not fit this model ({choice.reason})")
-    return Scorer(base, choice, max_length_tokens)
+    return Scorer(task, base, choice, max_length_tokens)
 
 
 def scoring_cost(scores: Scores, rows: int) -> dict[str, float]:
@@ -83,8 +81,13 @@ def scoring_cost(scores: Scores, rows: int) -> dict[str, float]:
     }
 
 
-def predict(rows: Sequence[Row], label_names: Sequence[str], logits: Tensor) -> Predictions:
-    return predictions_for(rows, label_names, probabilities_of(logits).numpy())
+def predict(rows: Sequence[Row], encoded: EncodedRows, label_names: Sequence[str], scores: Scores) -> Predictions:
+    """Predictions of `rows` from their scores: of labels where there are any, else of tokens."""
+    if label_names:
+        return predictions_for(rows, label_names, probabilities_of(scores.outputs).numpy())
+    of_row = torch.tensor(encoded.rows)[scores.examples].numpy()
+    losses, hits = scores.outputs.double().numpy().T
+    return token_predictions_for([row.id for row in rows], of_row, losses, hits)
 
 
 _COSTS = (

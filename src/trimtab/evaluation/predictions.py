@@ -1,111 +1,47 @@
-"""What one system said about every test row: the file that every test is computed from."""
+"""What one system said about every test row: what every kind of predictions can do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.data import Row
-from trimtab.errors import DataError
-from trimtab.runs import read_jsonl, write_jsonl
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# A zero probability of what happened would make the loss infinite and every mean useless.
-_SMALLEST = 1e-12
+# Metrics of which less is better.
+LOWER_IS_BETTER = frozenset({"loss", "brier", "perplexity"})
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """`labels` [rows] and `probabilities` [rows, classes], classes as in `label_names`."""
+class Predictions(Protocol):
+    """Predictions of one kind, from which metrics are computed as weighted sums over rows."""
 
-    ids: list[str]
-    label_names: list[str]
-    labels: Ints
-    probabilities: Floats
+    metrics: ClassVar[tuple[str, ...]]
+    primary_metric: ClassVar[str]
 
     @property
-    def predicted(self) -> Ints:
-        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+    def ids(self) -> list[str]: ...
 
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        return np.asarray(self.predicted == self.labels, dtype=np.bool_)
+    def select(self, keep: NDArray[np.bool_]) -> Self: ...
 
-    @property
-    def losses(self) -> Floats:
-        """Negative log-likelihood of each row, in nats."""
-        chosen = self.probabilities[np.arange(len(self.labels)), self.labels]
-        return np.asarray(-np.log(np.maximum(chosen, _SMALLEST)))
+    def agrees_with(self, other: Any) -> bool:
+        """Whether both are about the same truth, row by row."""
+        ...
 
-    @property
-    def briers(self) -> Floats:
-        """Squared distance of each row's probabilities from the truth (Brier 1950): 0 to 2."""
-        truth = np.eye(len(self.label_names))[self.labels]
-        return np.asarray(((self.probabilities - truth) ** 2).sum(axis=1))
+    def row_statistics(self) -> Floats:
+        """[rows, k], of which every metric is a function of the weighted sums."""
+        ...
 
-    def select(self, keep: NDArray[np.bool_]) -> Predictions:
-        ids = [name for name, kept in zip(self.ids, keep, strict=True) if kept]
-        return Predictions(ids, self.label_names, self.labels[keep], self.probabilities[keep])
+    def metrics_from_sums(self, sums: Floats) -> dict[str, Floats]:
+        """Every metric from weighted sums of `row_statistics`, [resamples, k]."""
+        ...
 
-    def write(self, path: Path) -> None:
-        names = self.label_names
-        write_jsonl(
-            path,
-            (
-                {
-                    "id": row_id,
-                    "label": names[label],
-                    "prediction": names[predicted],
-                    "probabilities": dict(zip(names, map(float, probabilities), strict=True)),
-                    "loss": float(loss),
-                }
-                for row_id, label, predicted, probabilities, loss in zip(
-                    self.ids, self.labels, self.predicted, self.probabilities, self.losses, strict=True
-                )
-            ),
-        )
+    def write(self, path: Path) -> None: ...
 
 
-def predictions_for(rows: Sequence[Row], label_names: Sequence[str], probabilities: Any) -> Predictions:
-    """Predictions of `rows` from an array-like [rows, classes]."""
-    labels = np.array([row.label for row in rows], dtype=np.int64)
-    return Predictions([row.id for row in rows], list(label_names), labels, np.asarray(probabilities, dtype=np.float64))
-
-
-def read_predictions(path: Path) -> Predictions:
-    """Predictions from a `predictions.jsonl`.
-
-    Raises:
-        DataError: missing or empty file, or a line without the keys (with its number).
-    """
-    ids: list[str] = []
-    labels: list[str] = []
-    rows: list[dict[str, float]] = []
-    for number, row in enumerate(read_jsonl(path), 1):
-        try:
-            probabilities = {str(name): float(value) for name, value in row["probabilities"].items()}
-            ids.append(str(row["id"]))
-            labels.append(str(row["label"]))
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}:{number}: needs id, label and probabilities {{name: number}} ({error!r})"
-            ) from None
-        rows.append(probabilities)
-        if probabilities.keys() != rows[0].keys() or labels[-1] not in probabilities:
-            raise DataError(f"{path}:{number}: its label names are not those of the first line ({', '.join(rows[0])})")
-    if not rows:
-        raise DataError(f"{path}: holds no predictions")
-    names = list(rows[0])
-    return Predictions(
-        ids,
-        names,
-        np.array([names.index(label) for label in labels], dtype=np.int64),
-        np.array([[row[name] for name in names] for row in rows]),
-    )
+def compute_metrics(predictions: Predictions) -> dict[str, float]:
+    """Every metric on the rows as they are."""
+    values = predictions.metrics_from_sums(predictions.row_statistics().sum(axis=0, keepdims=True))
+    return {name: float(values[name][0]) for name in predictions.metrics}

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.evaluation.metrics import METRICS, compute_metrics, metrics_from_sums, row_statistics
-from trimtab.evaluation.predictions import Floats, Ints, Predictions
+from trimtab.evaluation.class_predictions import ClassPredictions
+from trimtab.evaluation.predictions import Floats, Ints, Predictions, compute_metrics
 
 Bools = NDArray[np.bool_]
 
@@ -78,29 +78,49 @@ def bootstrap_metrics(
     """
     first = next(iter(systems.values()))
     units = np.arange(len(first.ids)) if groups is None else np.unique(list(groups), return_inverse=True)[1]
-    classes = len(first.label_names)
-    statistics = np.concatenate([row_statistics(predictions) for predictions in systems.values()], axis=1)
+    statistics = np.concatenate([predictions.row_statistics() for predictions in systems.values()], axis=1)
     chunks = [weights @ statistics for weights in _resample_weights(units, resamples, seed)]
     parts = np.split(np.concatenate(chunks), len(systems), axis=1)
-    return {name: metrics_from_sums(part, classes) for name, part in zip(systems, parts, strict=True)}
+    return {name: first.metrics_from_sums(part) for name, part in zip(systems, parts, strict=True)}
 
 
-def percentile_interval(values: Floats) -> tuple[float, float]:
-    """The middle 95 % of bootstrap values."""
-    low, high = np.percentile(values, [50 * (1 - CONFIDENCE), 100 - 50 * (1 - CONFIDENCE)])
+def percentile_interval(values: Floats, units: int) -> tuple[float, float]:
+    """95 % interval from bootstrap values, its percentiles widened for few units.
+
+    Plain percentiles are too narrow by sqrt((n - 1) / n) and take the normal's quantiles for those of
+    Student's t (Hesterberg 2015, "What teachers should know about the bootstrap", section 4.3).
+
+    Args:
+        units: rows, or groups of rows, that were resampled; of one unit the interval is all values.
+    """
+    from scipy.stats import norm, t
+
+    tail = 0.0
+    if units > 1:
+        tail = float(norm.cdf(-_expansion(units) * t.ppf(0.5 * (1 + CONFIDENCE), units - 1)))
+    low, high = np.percentile(values, [100 * tail, 100 * (1 - tail)])
     return float(low), float(high)
 
 
-def bootstrap_p_value(differences: Floats) -> float:
+def bootstrap_p_value(differences: Floats, units: int) -> float:
     """Two-sided p-value that the difference is zero, from its paired bootstrap values.
 
-    Twice the smaller tail around zero (Efron & Tibshirani 1993, chapter 15), never below
-    what this number of resamples can show.
+    Twice the smaller tail around zero (Efron & Tibshirani 1993, chapter 15), never below what this
+    number of resamples can show, and corrected for few units as `percentile_interval` is.
     """
+    from scipy.stats import norm, t
+
+    if units < 2:
+        return 1.0
     count = len(differences)
     below = (np.sum(differences <= 0) + 1) / (count + 1)
     above = (np.sum(differences >= 0) + 1) / (count + 1)
-    return float(min(1.0, 2 * min(below, above)))
+    tail = min(below, above, 0.5)
+    return float(2 * t.cdf(norm.ppf(tail) / _expansion(units), units - 1))
+
+
+def _expansion(units: int) -> float:
+    return float(np.sqrt(units / (units - 1)))
 
 
 def minimum_detectable_difference(differences: Floats, rows: int) -> float:
@@ -111,14 +131,16 @@ def minimum_detectable_difference(differences: Floats, rows: int) -> float:
     return float(_DETECTABLE_STANDARD_ERRORS * max(float(np.std(differences)), 1 / rows))
 
 
-def metric_intervals(predictions: Predictions, resampled: Mapping[str, Floats]) -> dict[str, dict[str, float]]:
-    """value, low and high of every metric: Wilson for accuracy, percentile bootstrap for the others."""
+def metric_intervals(
+    predictions: Predictions, resampled: Mapping[str, Floats], units: int
+) -> dict[str, dict[str, float]]:
+    """value, low and high of every metric: Wilson for accuracy, percentile bootstrap of `units` for the others."""
     values = compute_metrics(predictions)
     intervals: dict[str, dict[str, float]] = {}
-    for name in METRICS:
-        if name == "accuracy":
+    for name in predictions.metrics:
+        if name == "accuracy" and isinstance(predictions, ClassPredictions):
             low, high = wilson_interval(int(predictions.correct.sum()), len(predictions.ids))
         else:
-            low, high = percentile_interval(resampled[name])
+            low, high = percentile_interval(resampled[name], units)
         intervals[name] = {"value": values[name], "low": low, "high": high}
     return intervals

@@ -16,7 +16,7 @@ import yaml
 
 from trimtab.data.rows import Row, read_rows
 from trimtab.errors import DataError
-from trimtab.evaluation.metrics import LOWER_IS_BETTER
+from trimtab.evaluation.predictions import LOWER_IS_BETTER
 from trimtab.runs import RunFolder, SystemFolder, TrialFolder, read_json, read_jsonl
 
 
@@ -89,13 +89,15 @@ class Trial:
     losses: list[tuple[float, float]]
     validation_losses: list[tuple[float, float]]
     validation_accuracies: list[tuple[float, float]]
+    samples: list[dict[str, str]] = field(default_factory=list)  # prompt, truth, base and tuned
 
     @property
-    def best_validation_accuracy(self) -> float:
-        """At the step whose weights were kept; -inf where nothing was validated."""
+    def validation_score(self) -> float:
+        """Accuracy, else minus the loss, at the step whose weights were kept; -inf where nothing was validated."""
         best_step = self.training.get("best_step")
-        kept = [value for step, value in self.validation_accuracies if step == best_step]
-        return max(kept or [value for _, value in self.validation_accuracies], default=-math.inf)
+        scores = self.validation_accuracies or [(step, -loss) for step, loss in self.validation_losses]
+        kept = [value for step, value in scores if step == best_step]
+        return max(kept or [value for _, value in scores], default=-math.inf)
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,16 @@ class Content:
     @cached_property
     def tuned(self) -> System | None:
         """The tuned system the headline is about: the best on validation, never on test."""
-        accuracies = {trial.name: trial.best_validation_accuracy for trial in self.trials}
+        validated = {trial.name: trial.validation_score for trial in self.trials}
         tuned = [system for system in self.systems if system.kind == "tuned"]
-        return max(tuned, key=lambda system: accuracies.get(system.name, -math.inf), default=None)
+        return max(tuned, key=lambda system: validated.get(system.name, -math.inf), default=None)
 
     @cached_property
     def reference(self) -> System | None:
         """The best system that needs no tuning; chosen on test, which can only favour the baselines."""
-        baselines = [system for system in self.systems if system.kind == "baseline"]
-        candidates = [system for system in baselines or self.untuned if self.primary(system) is not None]
+        # A random head has learnt nothing; a base that needs no head is the system to beat.
+        others = [system for system in self.untuned if system.name != "untrained-head"]
+        candidates = [system for system in others or self.untuned if self.primary(system) is not None]
         sign = -1 if self.primary_metric in LOWER_IS_BETTER else 1
         return max(candidates, key=lambda system: sign * (self.primary(system) or 0.0), default=None)
 
@@ -264,6 +267,8 @@ def _predictions(path: Path, rows: Sequence[Row]) -> list[Prediction]:
         )
     predictions = []
     for line in lines:
+        if "label" not in line:  # a language model says no label
+            return []
         label, prediction = str(line.get("label")), str(line.get("prediction"))
         confidence = finite((line.get("probabilities") or {}).get(prediction))
         predictions.append(Prediction(label, prediction, confidence))
@@ -321,4 +326,7 @@ def _trial(folder: TrialFolder, title: str | None) -> Trial:
         losses=points("loss"),
         validation_losses=points("validation_loss"),
         validation_accuracies=points("validation_accuracy"),
+        samples=[{name: str(text) for name, text in line.items()} for line in read_jsonl(folder.samples)]
+        if folder.samples.is_file()
+        else [],
     )

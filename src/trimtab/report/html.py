@@ -111,7 +111,9 @@ def _cards(content: Content) -> list[Card]:
     """Base, best without tuning, tuned: the three numbers that the headline is about."""
     cards = []
     if content.base:
-        note = "the base model before any training: its head is random"
+        note = "the base model before any training"
+        if content.base.name == "untrained-head":
+            note += ": its head is random"
         cards.append(_card(content, content.base, "Base", note))
     if content.reference and content.reference is not content.base:
         cards.append(_card(content, content.reference, "Best without tuning", "the bar that tuning has to clear"))

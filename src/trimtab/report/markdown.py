@@ -24,6 +24,7 @@ def render_markdown(content: Content) -> str:
     parts += _training(content)
     parts += _confusions(content)
     parts += _changes(content)
+    parts += _samples(content)
     parts += ["## Data", _facts(tables.data_facts(content))]
     for found in (tables.split_table(content), tables.clean_table(content), tables.token_table(content)):
         if found:
@@ -38,13 +39,14 @@ def _training(content: Content) -> list[str]:
     for trial in content.trials:
         parts += [f"### {_plain(trial.title)}", _facts(tables.training_facts(trial))]
         points = dict(trial.validation_accuracies)
-        rows = [
-            f"| {step:g} | {loss:.4f} | {format_score('accuracy', points.get(step))} |"
-            for step, loss in trial.validation_losses
-        ]
+        rows = [[f"{step:g}", f"{loss:.4f}"] for step, loss in trial.validation_losses]
+        head = ["step", "validation loss"]
+        if points:
+            head.append("validation accuracy")
+            steps = [step for step, _ in trial.validation_losses]
+            rows = [[*row, format_score("accuracy", points.get(step))] for row, step in zip(rows, steps, strict=True)]
         if rows:
-            head = ["| step | validation loss | validation accuracy |", "| ---: | ---: | ---: |"]
-            parts.append("\n".join(head + rows))
+            parts.append(_grid([head, *rows], [True] * len(head)))
     failed = [
         f"- {_plain(failure.get('trial', ''))}: {_plain(failure.get('reason', ''))}" for failure in content.failures
     ]
@@ -100,6 +102,17 @@ def _changed_line(changed: ChangedRow, against: str) -> list[str]:
         text,
     )
     return [_plain(cell) for cell in cells]
+
+
+def _samples(content: Content) -> list[str]:
+    parts = []
+    for trial in content.trials:
+        if trial.samples:
+            parts.append(f"## What base and {_plain(trial.title)} write")
+            for sample in trial.samples:
+                names = (("prompt", "Prompt"), ("truth", "The row goes on"), ("base", "Base"), ("tuned", "Tuned"))
+                parts += [f"### {_plain(sample['id'])}", _facts([(title, sample[name]) for name, title in names])]
+    return parts
 
 
 def _reproduction(content: Content) -> list[str]:

@@ -260,7 +260,8 @@ def _precision_words(scores: dict[str, Any]) -> str:
     pairs = [
         f"{metric_word(name)} {format_score(name, finite(trained.get(name)))} "
         f"(in float32 {format_score(name, finite(whole.get(name)))})"
-        for name in ("accuracy", "loss")
+        for name in ("accuracy", "perplexity", "loss")
+        if name in trained
     ]
     return "; ".join(pairs)
 

@@ -12,21 +12,27 @@ from trimtab.report.number_format import (
 )
 
 METRIC_TITLES = {
+    "perplexity": "Perplexity",
     "accuracy": "Accuracy",
     "f1": "F1",
     "precision": "Precision",
     "recall": "Recall",
     "loss": "Loss",
     "brier": "Brier",
+    "token_accuracy": "Token accuracy",
 }
-METRIC_WORDS = {"accuracy": "accuracy", "f1": "macro F1", "loss": "loss", "brier": "the Brier score"}
+METRIC_WORDS = {"accuracy": "accuracy", "f1": "macro F1", "loss": "loss", "brier": "the Brier score",
+                "perplexity": "perplexity", "token_accuracy": "token accuracy"}  # fmt: skip
 METRIC_MEANINGS = {
+    "perplexity": "e to the mean loss of a token: among how many equally likely tokens the model is left to choose; "
+    "lower is better.",
+    "token_accuracy": "Share of the tokens to be learnt that the model holds for the likeliest.",
     "accuracy": "Share of test rows whose predicted label is the true one.",
     "f1": "Harmonic mean of precision and recall, averaged over the classes with equal weight (macro).",
     "precision": "Of the rows given a label, the share that truly has it; averaged over the classes.",
     "recall": "Of the rows that truly have a label, the share that was given it; averaged over the classes.",
-    "loss": "Mean negative log-likelihood of the true label, in nats; lower is better. It punishes being "
-    "sure and wrong.",
+    "loss": "Mean negative log-likelihood of the truth (a label, or a token), in nats; lower is better. "
+    "It punishes being sure and wrong.",
     "brier": "Mean squared distance of the probabilities from the truth, 0 to 2; lower is better.",
 }
 SYSTEM_MEANINGS = {
@@ -34,9 +40,11 @@ SYSTEM_MEANINGS = {
     "tfidf-logistic-regression": "A linear classifier on word frequencies: no neural network, fitted in seconds.",
     "linear-probe": "A linear classifier on what the frozen base model makes of each text: what the base "
     "already knows, without tuning it.",
+    "token-frequencies": "Gives each token its share among the training tokens, whatever stands before it.",
+    "base-model": "The base model as it is, before any tuning.",
     "untrained-head": "The base model with a random classification head: what tutorials call “before”.",
 }
-TUNED_MEANING = "The base model with the trained adapter and head, loaded again from the saved files."
+TUNED_MEANING = "The base model with the trained adapter, and head where that is new, loaded again from the files."
 # A headline names the reason; the training section has it whole.
 _REASON_CHARACTERS = 160
 METHOD_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "ia3": "IA³"}
@@ -123,7 +131,7 @@ def notes(content: Content) -> list[str]:
         )
     others = sum(system.kind == "tuned" for system in content.systems) - 1
     if tuned and others > 0:
-        found.append(f"{tuned.title} was chosen among {others + 1} tuned systems by its validation accuracy.")
+        found.append(f"{tuned.title} was chosen among {others + 1} tuned systems by its validation rows.")
     leaked = content.data.get("leaked_test_rows")
     if leaked:
         found.append(

@@ -1,1 +1,50 @@
 """What is learnt: how rows become tokens, where the head sits, what the loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trimtab.data import Row
+from trimtab.tasks.causal_lm import CausalLM
+from trimtab.tasks.classification import Classification
+from trimtab.tasks.examples import Batch, EncodedRows, Forward
+
+__all__ = ["TASKS", "Task", "get_task"]
+
+
+class Task(Protocol):
+    """A task's rows, loss and outputs; all else is the same for every task.
+
+    `peft_type` and `auto_class` are peft's and transformers' names for it; `has_probe` says whether
+    its head is new, and starts at a linear probe.
+    """
+
+    name: str
+    peft_type: str
+    auto_class: str
+    has_probe: bool
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, model: Any, max_length_tokens: int) -> EncodedRows: ...
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
+        """Mean over the batch's positions, with a graph to the parameters."""
+        ...
+
+    def outputs(self, forward: Forward, batch: Batch) -> Tensor:
+        """[positions, columns], float32: what scores are made from, and what a reload is held against."""
+        ...
+
+    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Figures of validation rows; the highest `score` is best."""
+        ...
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`, one of the study's choices."""
+    return TASKS[name]

@@ -6,7 +6,6 @@ How a stock classification model turns pooled states into logits is in `heads`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,29 +14,32 @@ from torch.nn import functional as F
 
 from trimtab.data import Row
 from trimtab.errors import DataError
+from trimtab.tasks.examples import Batch, EncodedRows, Example, Forward
+from trimtab.tasks.heads import pools_last_token
 
 
-@dataclass(frozen=True)
-class Example:
-    """One encoded row. `pooled` is the position of the token whose state the head reads."""
+class Classification:
+    """One label a text; the head reads one token of it."""
 
-    input_ids: list[int]
-    token_type_ids: list[int] | None
-    pooled: int
-    label: int
+    name = "classification"
+    peft_type = "SEQ_CLS"
+    auto_class = "AutoModelForSequenceClassification"
+    has_probe = True
 
-    def __len__(self) -> int:
-        return len(self.input_ids)
+    def encode(self, rows: Sequence[Row], tokenizer: Any, model: Any, max_length_tokens: int) -> EncodedRows:
+        return encode_rows(rows, tokenizer, max_length_tokens, pools_last_token(model), model.config.pad_token_id)
 
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
+        return classification_loss(forward.logits(batch), batch.labels)
 
-@dataclass(frozen=True)
-class EncodedRows:
-    examples: list[Example]
-    truncated: int
+    def outputs(self, forward: Forward, batch: Batch) -> Tensor:
+        """Logits [texts, classes]."""
+        return forward.logits(batch)
 
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.examples))
+    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Figures to validate by; the highest `score` is best."""
+        accuracy = float((outputs.argmax(-1) == labels).double().mean())
+        return {"loss": float(classification_loss(outputs, labels)), "accuracy": accuracy, "score": accuracy}
 
 
 def encode_rows(
@@ -66,8 +68,8 @@ def encode_rows(
         pooled = 0
         if pools_last:
             pooled = max((k for k, token in enumerate(ids) if token != pad_token_id), default=0)
-        examples.append(Example(ids, types[i] if types else None, pooled, row.label))
-    return EncodedRows(examples, truncated)
+        examples.append(Example(ids, types[i] if types else None, [pooled], [row.label]))
+    return EncodedRows(examples, list(range(len(rows))), truncated)
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

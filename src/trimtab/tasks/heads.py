@@ -1,4 +1,4 @@
-"""The heads of stock classification models, applied to pooled states.
+"""The heads of stock models, applied to the states that they read.
 
 The engine packs many texts into one sequence, where a stock forward would pool one row only.
 Here the same modules are called on the pooled rows themselves. `engine.forward` compares the
@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.tasks.token_loss import Readout
+
 
 def backbone_of(model: Any) -> Any:
-    """The part of a classification model that turns tokens into hidden states."""
+    """The part of a model with a head that turns tokens into hidden states."""
     return getattr(model, model.base_model_prefix)
 
 
@@ -22,15 +24,40 @@ def pools_last_token(model: Any) -> bool:
     return hasattr(model, "score")
 
 
+def is_language_model(model: Any) -> bool:
+    """Whether the head names the next token."""
+    if pools_last_token(model) or hasattr(model, "classifier"):
+        return False
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def readout_of(model: Any) -> Readout:
+    """A language model's head, with what its family does to the logits.
+
+    Raises:
+        NotImplementedError: the head is no single linear layer.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None or weight.dim() != 2:
+        raise NotImplementedError(f"the head of {type(model).__name__}")
+    config = model.config.get_text_config()
+    # Granite divides by logits_scaling, Cohere multiplies by logit_scale; Gemma caps.
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Readout(weight, getattr(head, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
+
+
 def logits_from_pooled(model: Any, pooled: Tensor) -> Tensor:
-    """Logits [rows, classes] from the states [rows, hidden] of each text's pooled token.
+    """Logits [positions, classes] from the states [positions, hidden] that the head reads.
 
     Raises:
         NotImplementedError: the model's head has another build.
     """
     logits: Tensor
     backbone = backbone_of(model)
-    if hasattr(model, "score"):  # Llama, GPT-2 and every other decoder
+    if is_language_model(model):
+        logits = readout_of(model).logits(pooled)
+    elif hasattr(model, "score"):  # Llama, GPT-2 and every other decoder
         logits = model.score(pooled)
     elif hasattr(model, "pre_classifier"):  # DistilBERT
         logits = model.classifier(model.pre_classifier(pooled).relu())

@@ -13,7 +13,9 @@ from trimtab.methods import attach_adapter
 from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision
 from trimtab.progress import Silent
 from trimtab.study_config import build_study
-from trimtab.tasks.classification import Example, classification_loss
+from trimtab.tasks import get_task
+from trimtab.tasks.classification import classification_loss
+from trimtab.tasks.examples import Example
 from trimtab.tasks.heads import pools_last_token
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: training is in float32")
@@ -37,7 +39,7 @@ class Case:
         set_adapter_training(self.peft_model, True)
         last = pools_last_token(model)
         self.examples = [Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None,
-                                 length - 1 if last else 0, i % 3) for i, length in enumerate(LENGTHS)]  # fmt: skip
+                                 [length - 1 if last else 0], [i % 3]) for i, length in enumerate(LENGTHS)]  # fmt: skip
 
     def batch(self, examples):
         return Collator(examples, True, self.choice.position_offset, 0).collate(range(len(examples)))
@@ -45,7 +47,7 @@ class Case:
     def results(self, examples=None, rows=slice(None)):
         batch = self.batch(examples or self.examples)
         self.peft_model.zero_grad()
-        logits = self.choice.forward(batch)[rows]
+        logits = self.choice.forward.logits(batch)[rows]
         classification_loss(logits, batch.labels[rows]).backward()
         grads = [p.grad.flatten() for p in trainable_parameters(self.peft_model).values() if p.grad is not None]
         return logits.detach(), torch.cat(grads)
@@ -85,7 +87,7 @@ def test_float32_comes_back_to_the_last_bit(case):
 def test_a_changed_text_leaves_its_neighbours_alone(case):
     case.quantise()
     changed_row = 4
-    other = Example([7] * LENGTHS[changed_row], None, case.examples[changed_row].pooled, 0)
+    other = Example([7] * LENGTHS[changed_row], None, case.examples[changed_row].positions, [0])
     rows = [i for i, row in enumerate(case.batch(case.examples).rows) if row != changed_row]
     before = case.results(rows=rows)
     after = case.results([other if i == changed_row else e for i, e in enumerate(case.examples)], rows)
@@ -118,7 +120,7 @@ def test_the_choice_draws_nothing_from_the_generator(case, training):
     for wanted in ("float32", "int8", "auto"):
         torch.manual_seed(3)
         chosen = choose_precision(wanted, case.choice.forward, Silent())
-        use_precision(chosen, case.choice.forward, batch, Silent(), training=training)
+        use_precision(chosen, get_task("classification"), case.choice.forward, batch, Silent(), training=training)
         use_float32(case.choice.forward)
         drawn = torch.rand(1)
         torch.manual_seed(3)
@@ -139,9 +141,11 @@ def test_auto_takes_int8_where_it_pays(case, monkeypatch):
 
 def test_scoring_in_int8_measures_outputs_alone(case):
     logits, _ = case.results()
-    errors = use_precision("int8", case.choice.forward, case.batch(case.examples), Silent(), training=False)
+    errors = use_precision(
+        "int8", get_task("classification"), case.choice.forward, case.batch(case.examples), Silent(), training=False
+    )
     assert all(error.gradient_cosine is None for error in errors)
     with torch.no_grad():
-        quantised = case.choice.forward(case.batch(case.examples))
+        quantised = case.choice.forward.logits(case.batch(case.examples))
     assert (quantised - logits).abs().max() > 0
     assert torch.cosine_similarity(quantised.flatten(), logits.flatten(), 0) > 0.995

@@ -14,7 +14,8 @@ from trimtab.engine.fused.prefix_cache import CacheInUseError, PrefixCache, make
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.methods import attach_adapter
 from trimtab.study_config import build_study
-from trimtab.tasks.classification import Example, classification_loss
+from trimtab.tasks.classification import classification_loss
+from trimtab.tasks.examples import Example
 from trimtab.tasks.heads import pools_last_token
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: models keep their own forward")
@@ -37,13 +38,13 @@ class Case:
                 parameter.normal_(0, 0.1, generator=generator)
         last = pools_last_token(model)
         texts = [torch.randint(3, 120, (n,), generator=generator).tolist() for n in (5, 9, 9, 23)]
-        self.examples = [Example(ids, None, len(ids) - 1 if last else 0, n % 2) for n, ids in enumerate(texts)]
+        self.examples = [Example(ids, None, [len(ids) - 1 if last else 0], [n % 2]) for n, ids in enumerate(texts)]
 
     def step(self, rows=(0, 1, 2, 3)):
         """Logits and gradients of a pack of these rows."""
         batch = Collator(self.examples, True, self.choice.position_offset, 0).collate(rows)
         parameters = list(trainable_parameters(self.model).values())
-        logits = self.choice.forward(batch)
+        logits = self.choice.forward.logits(batch)
         return [logits, *torch.autograd.grad(classification_loss(logits, batch.labels), parameters)]
 
 

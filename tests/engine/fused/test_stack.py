@@ -12,7 +12,8 @@ from trimtab.engine.fused.stack import build_stack
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.methods import attach_adapter
 from trimtab.study_config import build_study
-from trimtab.tasks.classification import Example, classification_loss
+from trimtab.tasks.classification import classification_loss
+from trimtab.tasks.examples import Example
 from trimtab.tasks.heads import backbone_of, pools_last_token
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: models keep their own forward")
@@ -26,7 +27,7 @@ LENGTHS = [4, 9, 9, 1, 17, 4]
 def make_examples(model, lengths=LENGTHS, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pooled = (lambda length: length - 1) if pools_last_token(model) else (lambda length: 0)
-    return [Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None, pooled(length), i % 3)
+    return [Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None, [pooled(length)], [i % 3])
             for i, length in enumerate(lengths)]  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def alone(model, examples, rows):
     """Each text by itself through the stock forward and stock attention."""
     model.set_attn_implementation("eager")
     collator = Collator(examples, False, 0, 0)
-    logits = torch.cat([PaddedForward(model)(collator.collate([i])) for i in range(len(examples))])[rows]
+    logits = torch.cat([PaddedForward(model).logits(collator.collate([i])) for i in range(len(examples))])[rows]
     model.set_attn_implementation("trimtab_packed")
     return logits
 
@@ -82,7 +83,7 @@ def test_outputs_and_gradients_are_those_of_lone_texts(tiny_model, family, targe
     assert choice.forward.stack.fits() or (family, targets) == ("electra", "all-linear")
     examples = make_examples(model)
     batch = pack(examples, choice)
-    ours = results(peft_model, choice.forward(batch), batch.labels)
+    ours = results(peft_model, choice.forward.logits(batch), batch.labels)
     assert_equal(ours, results(peft_model, alone(model, examples, batch.rows), batch.labels))
 
 
@@ -92,9 +93,9 @@ def test_plain_kernels_give_the_same(tiny_model, family):
     choice = choose_forward(model, 0, 64, False)
     peft_model = adapt(model, choice)
     batch = pack(make_examples(model), choice)
-    ours = results(peft_model, choice.forward(batch), batch.labels)
+    ours = results(peft_model, choice.forward.logits(batch), batch.labels)
     choice.forward.stack = build_stack(backbone_of(model), plain)
-    assert_equal(ours, results(peft_model, choice.forward(batch), batch.labels))
+    assert_equal(ours, results(peft_model, choice.forward.logits(batch), batch.labels))
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "mistral"])
@@ -106,7 +107,7 @@ def test_long_texts_and_windows(tiny_model, family):
     peft_model = adapt(model, choice)
     examples = make_examples(model, [150, 150, 30, 130])
     batch = pack(examples, choice)
-    ours = results(peft_model, choice.forward(batch), batch.labels)
+    ours = results(peft_model, choice.forward.logits(batch), batch.labels)
     assert_equal(ours, results(peft_model, alone(model, examples, batch.rows), batch.labels))
 
 
@@ -124,7 +125,7 @@ def test_dropout_is_that_of_its_masks(tiny_model, family, monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(linears, "draw_masks", draw)
-    ours = results(peft_model, choice.forward(batch), batch.labels)
+    ours = results(peft_model, choice.forward.logits(batch), batch.labels)
     kept = [plain._keep(batch.tokens, 2, 32, masks) * masks.scale for masks in drawn]
     assert len(kept) == 2
     assert all(abs(float(keep.eq(0).double().mean()) - 0.3) < 0.05 for keep in kept)
@@ -134,7 +135,7 @@ def test_dropout_is_that_of_its_masks(tiny_model, family, monkeypatch):
             module.__class__ = module.__class__.__mro__[1]  # peft's own layer
             mask = next(masks)
             module.lora_dropout["default"].forward = lambda x, mask=mask: x * mask
-    assert_equal(ours, results(peft_model, PackedForward(model)(batch), batch.labels))
+    assert_equal(ours, results(peft_model, PackedForward(model).logits(batch), batch.labels))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,12 +145,12 @@ def test_a_changed_text_leaves_its_neighbours_alone(tiny_model, family):
     peft_model = adapt(model, choice)
     examples = make_examples(model)
     changed_row = 4
-    other = Example([7] * len(examples[changed_row]), None, examples[changed_row].pooled, 0)
+    other = Example([7] * len(examples[changed_row]), None, examples[changed_row].positions, [0])
 
     def run(rows):
         batch = pack(rows, choice)
         kept = [i for i, row in enumerate(batch.rows) if row != changed_row]
-        return results(peft_model, choice.forward(batch)[kept], batch.labels[kept])
+        return results(peft_model, choice.forward.logits(batch)[kept], batch.labels[kept])
 
     before, after = run(examples), run([other if i == changed_row else e for i, e in enumerate(examples)])
     for name, value in before.items():
@@ -180,7 +181,7 @@ def test_only_the_layers_from_the_lowest_adapter_up_are_kept_for_the_backward(ti
             linear.delete_adapter("default")
     examples = make_examples(model)
     batch = pack(examples, choice)
-    ours = results(peft_model, choice.forward(batch), batch.labels)
+    ours = results(peft_model, choice.forward.logits(batch), batch.labels)
     assert choice.forward.stack.trained == 2
     assert_equal(ours, results(peft_model, alone(model, examples, batch.rows), batch.labels))
 
@@ -190,16 +191,16 @@ def test_a_disabled_or_merged_adapter_is_not_computed_twice(tiny_model):
     choice = choose_forward(model, 0, 64, False)
     batch = pack(make_examples(model), choice)
     with torch.no_grad():
-        base = choice.forward(batch)
+        base = choice.forward.logits(batch)
         peft_model = adapt(model, choice)
-        tuned = choice.forward(batch)
+        tuned = choice.forward.logits(batch)
         assert (tuned - base).abs().max() > 1e-4
         with peft_model.disable_adapter():
-            torch.testing.assert_close(choice.forward(batch), base, atol=0, rtol=0)
+            torch.testing.assert_close(choice.forward.logits(batch), base, atol=0, rtol=0)
         peft_model.merge_adapter()
-        torch.testing.assert_close(choice.forward(batch), tuned, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(choice.forward.logits(batch), tuned, atol=1e-5, rtol=1e-5)
         peft_model.unmerge_adapter()
-        torch.testing.assert_close(choice.forward(batch), tuned, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(choice.forward.logits(batch), tuned, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dora", "ia3"])
@@ -210,7 +211,7 @@ def test_other_methods_take_the_forward_of_peft(tiny_model, method):
     assert not choice.forward.stack.fits()
     examples = make_examples(model)
     batch = pack(examples, choice)
-    torch.testing.assert_close(choice.forward(batch), alone(model, examples, batch.rows), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(choice.forward.logits(batch), alone(model, examples, batch.rows), atol=1e-5, rtol=1e-5)
     assert peft_model is not None
 
 
@@ -237,7 +238,7 @@ def test_an_adapter_outside_of_the_layers_is_trained_too(tiny_model, family, tar
     prepare_adapted(peft_model, choice.forward)
     assert not choice.forward.stack.fits()
     batch = pack(make_examples(model), choice)
-    found = results(peft_model, choice.forward(batch), batch.labels)
+    found = results(peft_model, choice.forward.logits(batch), batch.labels)
     assert sum("lora" in name for name in found) == 2
 
 
@@ -247,9 +248,9 @@ def test_a_base_weight_that_was_replaced_is_noticed(tiny_model):
     peft_model = adapt(model, choice)
     batch = pack(make_examples(model), choice)
     with torch.no_grad():
-        tuned = choice.forward(batch)
+        tuned = choice.forward.logits(batch)
         peft_model.merge_adapter(safe_merge=True)  # gives every base layer a new tensor
-        torch.testing.assert_close(choice.forward(batch), tuned, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(choice.forward.logits(batch), tuned, atol=1e-5, rtol=1e-5)
 
 
 def test_another_forward_before_the_backward_changes_no_gradient(tiny_model):
@@ -257,10 +258,10 @@ def test_another_forward_before_the_backward_changes_no_gradient(tiny_model):
     choice = choose_forward(model, 0, 64, False)
     peft_model = adapt(model, choice)
     batch = pack(make_examples(model), choice)
-    expected = results(peft_model, choice.forward(batch), batch.labels)
-    logits = choice.forward(batch)
+    expected = results(peft_model, choice.forward.logits(batch), batch.labels)
+    logits = choice.forward.logits(batch)
     with torch.no_grad(), peft_model.disable_adapter():
-        choice.forward(batch)
+        choice.forward.logits(batch)
     assert_equal(results(peft_model, logits, batch.labels), expected)
 
 

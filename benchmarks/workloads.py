@@ -1,0 +1,72 @@
+"""Other work than film reviews, Trimtab beside `Trainer` + `peft`, in turns: topics by length, and tales.
+
+    python benchmarks/workloads.py                        everything (about forty minutes on two cores)
+    python benchmarks/workloads.py --only tales           language modelling on blocks of 512 tokens
+    python benchmarks/workloads.py --only lengths --models starter:minilm-l6
+
+Writes benchmarks/results/workloads-*.json; `docs/performance.md` quotes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from training import measure_throughput
+from trimtab.machine import describe_machine, package_versions
+
+RESULTS = Path(__file__).parent / "results"
+CONTENDERS = ("trimtab", "trimtab-int8", "dynamic", "grouped")
+LENGTHS = (64, 128, 256, 512)
+TURNS = 15
+# Tokens in a batch of the peer, when its texts are as long as they may be.
+BATCH_TOKENS = 1024
+
+
+def measure_lengths(model: str) -> dict[str, Any]:
+    """Reuters' texts cut to each length, eight topics."""
+    found = {}
+    for length in LENGTHS:
+        found[str(length)] = measure_throughput(
+            model, "train", TURNS, CONTENDERS, train_data="starter:reuters-r8", max_length_tokens=length,
+            batch_rows=max(2, BATCH_TOKENS // length),
+        )  # fmt: skip
+        show(f"{model} Reuters, at most {length} tokens", found[str(length)])
+    return found
+
+
+def measure_tales() -> dict[str, Any]:
+    """SmolLM2 learns Grimm's tales in blocks of 512 tokens, a block a step."""
+    found = measure_throughput(
+        "starter:smollm2-135m", "train", TURNS, CONTENDERS[:3], task="causal_lm", train_data="starter:grimm-tales",
+        max_length_tokens=512, batch_rows=1,
+    )  # fmt: skip
+    show("SmolLM2 tales, 512 tokens", found)
+    return found
+
+
+def show(what: str, found: dict[str, Any]) -> None:
+    for name, rate in found["tokens_per_second"].items():
+        print(f"  {what}: {name:12} {rate:8,.0f} tokens/s, peak {found['peak_bytes'][name] / (1 << 30):.2f} GiB")
+    for name, ratio in sorted(found["ratios"].items()):
+        print(f"  {what}: {name} {ratio['median']:.2f} times as fast", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["lengths", "tales"])
+    parser.add_argument("--models", nargs="+", default=["starter:minilm-l6", "starter:smollm2-135m"])
+    arguments = parser.parse_args()
+    about = {"machine": describe_machine(), "versions": package_versions()}
+    RESULTS.mkdir(exist_ok=True)
+    if arguments.only != "lengths":
+        (RESULTS / "workloads-tales.json").write_text(json.dumps(about | measure_tales(), indent=1) + "\n")
+    for model in arguments.models if arguments.only != "tales" else ():
+        name = f"workloads-lengths-{model.removeprefix('starter:')}.json"
+        (RESULTS / name).write_text(json.dumps(about | measure_lengths(model), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

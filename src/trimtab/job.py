@@ -1,0 +1,44 @@
+"""What the stages of one run share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from trimtab.data import PreparedData
+from trimtab.progress import Progress
+from trimtab.runs import RunFolder
+from trimtab.sources import ModelSource
+from trimtab.study_config import StudyConfig
+from trimtab.tasks import Task
+from trimtab.tasks.examples import EncodedRows
+
+
+@dataclass
+class Job:
+    """One study in its run folder, its data read and its model found."""
+
+    study: StudyConfig
+    task: Task
+    run: RunFolder
+    data: PreparedData
+    source: ModelSource
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - started, 2)
+
+
+@dataclass(frozen=True)
+class EncodedSplits:
+    """Every split as the model will read it."""
+
+    train: EncodedRows
+    validation: EncodedRows
+    test: EncodedRows

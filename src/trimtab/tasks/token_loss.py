@@ -1,0 +1,89 @@
+"""Cross-entropy over a vocabulary without ever holding all logits.
+
+The states are taken in chunks; each chunk's logits become its losses and, where the head is frozen,
+at once the states' gradient, so that nothing of the vocabulary's width is kept. The plain twin is
+`cross_entropy(head(states), labels)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Positions whose logits are held at once: 50 MB for a vocabulary of 50,000.
+CHUNK_POSITIONS = 256
+
+
+class Readout(NamedTuple):
+    """logits = cap(scale x (states weight^T + bias)), cap(x) = softcap tanh(x / softcap) where there is one."""
+
+    weight: Tensor  # [vocabulary, hidden]
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, states: Tensor) -> Tensor:
+        logits = F.linear(states, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def mean_token_loss(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
+    if states.requires_grad and not (readout.weight.requires_grad or _trains(readout.bias)):
+        frozen: Tensor = _FrozenReadout.apply(states, readout, labels)  # type: ignore[no-untyped-call]
+        return frozen
+
+    def of_chunk(part: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(readout.logits(part).float(), wanted, reduction="sum")
+
+    chunks = zip(torch.split(states, CHUNK_POSITIONS), torch.split(labels, CHUNK_POSITIONS), strict=True)
+    sums = [checkpoint(of_chunk, part, wanted, use_reentrant=False) for part, wanted in chunks]
+    return torch.stack(sums).sum() / len(labels)
+
+
+def token_losses(readout: Readout, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each position, and whether its likeliest token is the true one; both [positions], without gradients."""
+    losses, hits = [], []
+    for part, wanted in zip(torch.split(states, CHUNK_POSITIONS), torch.split(labels, CHUNK_POSITIONS), strict=True):
+        logits = readout.logits(part).float()
+        losses.append(logits.logsumexp(-1) - logits.gather(1, wanted.unsqueeze(1)).squeeze(1))
+        hits.append(logits.argmax(-1) == wanted)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def _trains(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+class _FrozenReadout(torch.autograd.Function):
+    """The gradient of a chunk's states, (softmax - truth) weight, is taken while its logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, readout: Readout, labels: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        grad = torch.empty_like(states)
+        for start in range(0, len(states), CHUNK_POSITIONS):
+            part = slice(start, start + CHUNK_POSITIONS)
+            logits, wanted = readout.logits(states[part]).float(), labels[part].unsqueeze(1)
+            norm = logits.logsumexp(-1, keepdim=True)
+            total += (norm - logits.gather(1, wanted)).sum()
+            slope = None if readout.softcap is None else 1.0 - (logits / readout.softcap).square_()
+            by_logits = logits.sub_(norm).exp_()
+            by_logits.scatter_add_(1, wanted, by_logits.new_full(wanted.shape, -1.0))
+            if slope is not None:
+                by_logits *= slope
+            torch.mm(by_logits.to(readout.weight.dtype), readout.weight, out=grad[part])
+        ctx.save_for_backward(grad.mul_(readout.scale / len(states)))
+        return total / len(states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * grad, None, None

@@ -1,0 +1,52 @@
+"""Language models that need no tuning: frequencies of tokens, and the base itself."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict, record_system, scoring_cost
+from trimtab.evaluation.token_predictions import token_predictions_for
+from trimtab.job import EncodedSplits, Job
+from trimtab.tasks.examples import EncodedRows
+
+SYSTEMS = ("token-frequencies", "base-model")
+
+
+def score_token_frequencies(job: Job, encoded: EncodedSplits, vocabulary: int) -> None:
+    """Each token by its share among those learnt from in train, with one added to every count (Laplace)."""
+    folder = job.run.baseline("token-frequencies")
+    if folder.is_scored:
+        return
+    started = time.perf_counter()
+    counts = np.bincount(_labels(encoded.train), minlength=vocabulary) + 1.0
+    losses = -np.log(counts / counts.sum())
+    labels = _labels(encoded.test)
+    of_row = np.repeat(encoded.test.rows, [len(example.labels) for example in encoded.test.examples])
+    hits = (labels == int(counts.argmax())).astype(np.float64)
+    predictions = token_predictions_for([row.id for row in job.data.test], of_row, losses[labels], hits)
+    cost = {"train_seconds": time.perf_counter() - started}
+    record_system(folder, predictions, title="token frequencies", kind="baseline", cost=cost)
+
+
+def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits) -> None:
+    """The base as it is, on the test rows."""
+    folder = job.run.baseline("base-model")
+    if folder.is_scored:
+        return
+    job.progress.stage("Scoring the base: test")
+    scores = scorer.score(encoded.test, job.progress)
+    parameters = sum(parameter.numel() for parameter in scorer.base.model.parameters())
+    cost = scoring_cost(scores, len(job.data.test)) | {
+        "total_parameters": parameters,
+        "trainable_parameters": 0,
+        "trainable_percent": 0.0,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    record_system(folder, predict(job.data.test, encoded.test, [], scores), title="base model", kind="base", cost=cost)
+
+
+def _labels(encoded: EncodedRows) -> np.ndarray:
+    return torch.tensor([label for example in encoded.examples for label in example.labels]).numpy()
