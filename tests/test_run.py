@@ -23,6 +23,7 @@ from trimtab.runs import RunFolder
 from trimtab.sources import ModelSource
 from trimtab.study import run_study
 from trimtab.study_config import build_study
+from trimtab.tasks import get_task
 from trimtab.tasks.heads import final_linear
 from trimtab.tuning import start_head_at_probe
 
@@ -180,8 +181,9 @@ def test_a_finished_run_is_not_run_again(finished):
 def test_the_head_starts_at_the_linear_probe(family, model_folder):
     """Before any step, the adapted model's logits are the probe's on the frozen base's features."""
     names = ["bad", "fine", "good"]
-    base = load_base(ModelSource("tiny", str(model_folder(family)), True), names, 0)
-    scorer = make_scorer(base, 32, Silent())
+    task = get_task("classification")
+    base = load_base(ModelSource("tiny", str(model_folder(family)), True), task.auto_class, names, 0)
+    scorer = make_scorer(task, base, 32, Silent())
     texts = ["a joy to watch", "a dull mess", "warm, funny and wise", "the worst film of the year number 3"]
     encoded = scorer.encode([Row(str(i), text, None, i % 3, None) for i, text in enumerate(texts)])
     features = scorer.score(encoded, features=True).features
@@ -192,7 +194,7 @@ def test_the_head_starts_at_the_linear_probe(family, model_folder):
     peft_model = attach_adapter(base.model, build_study({}), base.new_modules)
     prepare_adapted(peft_model, scorer.choice.forward)
     start_head_at_probe(base.model, probe)
-    torch.testing.assert_close(scorer.score(encoded).logits, probe.logits(features), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scorer.score(encoded).outputs, probe.logits(features), atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_as_labels_and_text_pairs(tmp_path, model_folder):

@@ -128,6 +128,7 @@ def evaluate(
     """Reload the adapters of a run and score its test rows again."""
     from trimtab.adapters import evaluate_trial
     from trimtab.console import make_progress, show_metrics
+    from trimtab.machine import set_threads
     from trimtab.models import quiet_libraries
     from trimtab.runs import RunFolder
 
@@ -139,6 +140,7 @@ def evaluate(
             "give the folder that `trimtab run` named"
         )
     quiet_libraries()
+    set_threads()
     with make_progress(quiet) as progress:
         for one in trials:
             evaluate_trial(run, one, progress)
@@ -222,8 +224,9 @@ def doctor(as_json: AsJson = False) -> None:
     """Print versions, cores, memory, measured GEMM rates, and the paths that will be taken."""
     from trimtab.console import show_doctor
     from trimtab.engine.fused import native
-    from trimtab.machine import describe_machine, measure_gemm_rates, package_versions
+    from trimtab.machine import describe_machine, measure_gemm_rates, package_versions, set_threads
 
+    set_threads()
     found = {
         "versions": package_versions(),
         "machine": describe_machine(),

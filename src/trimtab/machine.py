@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -54,6 +55,30 @@ def _processor_name() -> str:
     except OSError:
         pass  # not Linux: platform knows
     return platform.processor() or platform.machine()
+
+
+def set_threads() -> int:
+    """Let torch and the kernels use as many threads as there are physical cores for this process; returns how many.
+
+    OMP_NUM_THREADS, where it is set, is left alone.
+    """
+    import psutil
+    import torch
+
+    if not os.environ.get("OMP_NUM_THREADS"):
+        physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+        torch.set_num_threads(max(1, min(physical, usable, _cores_by_quota())))
+    return torch.get_num_threads()
+
+
+def _cores_by_quota() -> int:
+    """What a container's share of the processor comes to, rounded up; large where there is none."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):  # no Linux container, or no limit ("max")
+        return 1 << 20
 
 
 def git_state() -> str | None:

@@ -19,7 +19,7 @@ from trimtab.evaluation.comparison import compare_systems
 from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.job import EncodedSplits, Job
-from trimtab.machine import describe_machine, git_state, package_versions
+from trimtab.machine import describe_machine, git_state, package_versions, set_threads
 from trimtab.methods import build_config, get_method
 from trimtab.models import build_without_weights, load_base, quiet_libraries
 from trimtab.precision import choose_precision
@@ -53,6 +53,7 @@ def run_study(
     """
     listener = progress or Silent()
     quiet_libraries()
+    set_threads()
     started = datetime.now(UTC)
     job = check_study(study, listener, overwrite)
     trial = job.run.trial(study.method, study.seed)

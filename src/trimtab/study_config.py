@@ -72,6 +72,14 @@ class StudyConfig(BaseModel):
     )
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
     tokens_per_batch: int = Field(512, ge=8, description="Tokens in a training batch; texts are packed, not padded.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Compute each batch in so many parts, one after another: less memory, the same update."
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Keep each layer's input only, and compute the layer again for its backward: less memory, a third "
+        "slower, the same update. auto does so where a batch would not fit the memory that is free.",
+    )
     warmup_ratio: float = Field(0.06, ge=0.0, lt=1.0, description="Share of the steps in which the rate rises.")
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")

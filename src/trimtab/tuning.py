@@ -18,6 +18,7 @@ from torch import Tensor
 from trimtab.adapters import save_adapter, save_logits
 from trimtab.cache import cache_folder
 from trimtab.engine.batches import Batch, TrainingPlan
+from trimtab.engine.checkpointing import checkpoint_layers, kept_bytes, should_checkpoint
 from trimtab.engine.forward import PackedForward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.engine.fused import native
@@ -66,7 +67,11 @@ def tune(
     trainable, total = _tell_parameters(peft_model, progress)
 
     state = make_state(trainable_parameters(peft_model), study.weight_decay)
-    plan = TrainingPlan(scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs)
+    plan = TrainingPlan(
+        scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs,
+        study.gradient_accumulation_steps,
+    )  # fmt: skip
+    checkpointing = choose_checkpointing(study, scorer, data.train, plan, progress)
     errors = use_precision(
         precision, scorer.task, scorer.choice.forward, plan[0].to(scorer.base.device), progress, training=True
     )
@@ -76,21 +81,12 @@ def tune(
 
     adapter_bytes = save_adapter(peft_model, scorer.base.tokenizer, trial, facts)
     write_jsonl(trial.history, state.history)
-    cost = {
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "trainable_percent": 100 * trainable / total,
-        "adapter_bytes": adapter_bytes,
-        "train_seconds": state.seconds,
-        "train_tokens": state.tokens,
-        "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
     write_json(
         trial.training,
         describe_training(study, scorer, peft_model, state, plan, ending, facts)
+        | {"gradient_checkpointing": checkpointing}
         | describe_precision(errors)
-        | {"cost": cost},
+        | {"cost": _training_cost(state, trainable, total, adapter_bytes)},
     )
     if ending == "not_finite":
         raise TrainingError(
@@ -107,6 +103,39 @@ def _tell_parameters(peft_model: Any, progress: Progress) -> tuple[int, int]:
     trainable, total = peft_model.get_nb_trainable_parameters()
     progress.note(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
     return trainable, total
+
+
+def _training_cost(state: TrainingState, trainable: int, total: int, adapter_bytes: int) -> dict[str, Any]:
+    return {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_percent": 100 * trainable / total,
+        "adapter_bytes": adapter_bytes,
+        "train_seconds": state.seconds,
+        "train_tokens": state.tokens,
+        "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def choose_checkpointing(
+    study: StudyConfig, scorer: Scorer, train: EncodedRows, plan: TrainingPlan, progress: Progress
+) -> bool:
+    """Checkpoint the layers where the study, or the memory that is free, asks for it; says so."""
+    forward = scorer.choice.forward
+    if study.gradient_checkpointing == "off":
+        return False
+    if study.gradient_checkpointing == "auto":
+        small = scorer.first_batch(train, tokens=1)
+        random_state = torch.get_rng_state()
+        size = kept_bytes(lambda: scorer.task.loss(forward, small))
+        torch.set_rng_state(random_state)
+        if not should_checkpoint(size, small.tokens, plan.largest_tokens):
+            return False
+    is_on = checkpoint_layers(forward, True)
+    progress.note("layers are computed twice to save memory (gradient_checkpointing)" if is_on
+                  else "layers keep all that they compute: this model's have no known build to checkpoint")  # fmt: skip
+    return is_on
 
 
 @contextmanager

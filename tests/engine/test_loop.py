@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import psutil
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from trimtab.engine.batches import Collator, TrainingPlan, plan_batches
 from trimtab.engine.forward import choose_forward
 from trimtab.engine.frozen import freeze_linears, set_adapter_training, trainable_parameters
 from trimtab.engine.loop import LoopSettings, make_state, train
+from trimtab.machine import set_threads
 from trimtab.methods import attach_adapter
 from trimtab.study_config import build_study
 from trimtab.tasks.classification import classification_loss
@@ -41,7 +43,7 @@ def test_fraction_of_an_epoch():
 class Trial:
     """A tiny Llama with LoRA and dropout, on random texts whose first token gives the label."""
 
-    def __init__(self, tiny_model, seed=0, labels=None):
+    def __init__(self, tiny_model, seed=0, parts=1, dropout=0.1):
         self.model = tiny_model("llama")
         choice = choose_forward(self.model, 0, 32, False)
         generator = torch.Generator().manual_seed(7)
@@ -51,11 +53,11 @@ class Trial:
             ids = torch.randint(5, 100, (length,), generator=generator).tolist()
             examples.append(Example([5 + i % 3, *ids], None, [length], [i % 3]))
         torch.manual_seed(seed)
-        self.peft_model = attach_adapter(self.model, build_study({"lora_dropout": 0.1}), [])
+        self.peft_model = attach_adapter(self.model, build_study({"lora_dropout": dropout}), [])
         freeze_linears(self.peft_model)
         self.forward = choice.forward
         self.collator = Collator(examples, True, 0, 0)
-        self.plan = TrainingPlan(self.collator, 64, seed, 4)
+        self.plan = TrainingPlan(self.collator, 64, seed, 4, parts)
         self.state = make_state(trainable_parameters(self.peft_model), 0.01)
         set_adapter_training(self.peft_model, True)
 
@@ -151,3 +153,41 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert max(rates) == rates[10] == 5e-3
     assert rates[100] == pytest.approx(0.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_batch_in_parts_gives_the_same_update(tiny_model):
+    whole, split = Trial(tiny_model, dropout=0.0), Trial(tiny_model, parts=3, dropout=0.0)
+    sizes = []
+    honest = split.loss
+    split.loss = lambda batch: sizes.append(len(batch.rows)) or honest(batch)
+    split.validate = lambda: {"loss": 0.0, "score": 0.0}
+    whole.validate = split.validate
+    whole.run()
+    split.run()
+    assert len(sizes) == 3 * len(split.plan)
+    assert whole.state.tokens == split.state.tokens
+    first, second = whole.state.history[1], split.state.history[1]
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
+    last, second_last = whole.state.history[-2], split.state.history[-2]
+    assert last["loss"] == pytest.approx(second_last["loss"], rel=1e-2)
+
+
+def test_parts_hold_every_row_once(tiny_model):
+    plan = Trial(tiny_model, parts=4).plan
+    for step in range(len(plan)):
+        assert sorted(row for part in plan.parts(step) for row in part.rows) == sorted(plan.steps[step])
+    assert plan.largest_tokens <= 64
+
+
+def test_physical_cores_unless_the_user_says_otherwise(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        torch.set_num_threads(1)
+        assert 1 <= set_threads() <= psutil.cpu_count(logical=False)
+        torch.set_num_threads(1)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert set_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -182,8 +182,11 @@ class TrainingPlan:
     `num_train_epochs` may be a fraction: the last epoch is then cut short.
     """
 
-    def __init__(self, collator: Collator, tokens_per_batch: int, seed: int, num_train_epochs: float) -> None:
+    def __init__(
+        self, collator: Collator, tokens_per_batch: int, seed: int, num_train_epochs: float, parts: int = 1
+    ) -> None:
         self.collator = collator
+        self.parts_per_step = parts
         epochs = [
             collator.plan(tokens_per_batch, seed * 1_000_003 + epoch) for epoch in range(math.ceil(num_train_epochs))
         ]
@@ -197,4 +200,26 @@ class TrainingPlan:
         return len(self.steps)
 
     def __getitem__(self, step: int) -> Batch:
+        """The whole batch of a step."""
         return self.collator.collate(self.steps[step])
+
+    def parts(self, step: int) -> list[Batch]:
+        """The batch of a step in parts of like length, computed one after another for one update."""
+        rows = self.steps[step]
+        count = min(self.parts_per_step, len(rows))
+        if count == 1:
+            return [self[step]]
+        groups: list[list[int]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for row in sorted(rows, key=lambda row: -len(self.collator.examples[row])):
+            smallest = sizes.index(min(sizes))
+            groups[smallest].append(row)
+            sizes[smallest] += len(self.collator.examples[row])
+        return [self.collator.collate(group) for group in groups]
+
+    @property
+    def largest_tokens(self) -> int:
+        """Tokens of the largest batch that is computed at once, about."""
+        lengths = [len(example) for example in self.collator.examples]
+        return max(max(sum(lengths[row] for row in rows) // self.parts_per_step, max(lengths[row] for row in rows))
+                   for rows in self.steps)  # fmt: skip

@@ -61,6 +61,8 @@ def set_adapter_training(model: nn.Module, training: bool) -> None:
 
     model.eval()
     for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = training  # what transformers asks; the layer's own parts stay in eval mode
         if isinstance(layer, BaseTunerLayer):
             layer.training = training
             for name, child in layer.named_children():

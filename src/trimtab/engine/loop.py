@@ -95,22 +95,29 @@ def train(
 def _step(
     state: TrainingState, plan: TrainingPlan, compute_loss: Callable[[Batch], Tensor], settings: LoopSettings
 ) -> dict[str, float] | None:
-    """One update; None, and nothing changed, if the loss or a gradient is not finite."""
-    batch = plan[state.step]
+    """One update; None, and nothing changed, if the loss or a gradient is not finite.
+
+    A batch in parts gives the update of the whole: each part weighs as much as the positions that it learns.
+    """
+    parts = plan.parts(state.step)
+    positions = sum(len(part.labels) for part in parts)
     parameters = list(state.parameters.values())
-    loss = compute_loss(batch)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = 0.0
+    for part in parts:
+        share = compute_loss(part) * (len(part.labels) / positions)
+        share.backward()  # type: ignore[no-untyped-call]
+        loss += float(share.detach())
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-    if not (math.isfinite(float(loss.detach())) and math.isfinite(float(norm))):
+    if not (math.isfinite(loss) and math.isfinite(float(norm))):
         return None
     rate = settings.rate_at(state.step, len(plan))
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
     state.step += 1
-    state.tokens += batch.tokens
-    return {"loss": float(loss.detach()), "grad_norm": float(norm), "learning_rate": rate}
+    state.tokens += sum(part.tokens for part in parts)
+    return {"loss": loss, "grad_norm": float(norm), "learning_rate": rate}
 
 
 def _validate(state: TrainingState, validate: Callable[[], dict[str, float]], settings: LoopSettings) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class LayerStack:
         self.groups = [group for layer in layers for group in layer.groups]
         self.trained: int | None = None
         self.cache: PrefixCache | None = None
+        self.checkpointing = False  # keep each layer's input only, and compute it again for its backward
         self.parameters: list[Tensor] = []
         self._checked: set[int] = set()  # the parameters with which all others were seen to be frozen
 
@@ -107,9 +108,11 @@ class LayerStack:
             if prefix is not None and prefix.states is None and number == prefix.cache.layer:
                 prefix.keep(values_of(rows))
             want = Want(True, False) if number == last else self.layers[number + 1].wants
+            is_saved = saved is not None and self.trained is not None and number >= self.trained
+            entered = _Entered(rows, torch.get_rng_state()) if is_saved and self.checkpointing else None
             rows, kept = layer.forward(rows, batch, number == last, want)
-            if saved is not None and self.trained is not None and number >= self.trained:
-                saved.append(kept)
+            if saved is not None and is_saved:
+                saved.append(entered or kept)
             del kept
         return values_of(rows)
 
@@ -122,9 +125,28 @@ class LayerStack:
         for number in range(last, lowest - 1, -1):
             assert rows is not None
             want = None if number == lowest else self.layers[number - 1].wants_gradient
-            rows, gradients = self.layers[number].backward(rows, saved.pop(), batch, number == last, want)
+            kept = saved.pop()
+            if isinstance(kept, _Entered):
+                kept = self._run_again(number, kept, batch)
+            rows, gradients = self.layers[number].backward(rows, kept, batch, number == last, want)
+            del kept
             found.append(gradients)
         return [gradient for gradients in reversed(found) for gradient in gradients]
+
+    def _run_again(self, number: int, entered: _Entered, batch: Batch) -> Any:
+        """What a layer's forward keeps, with the dropout that it had."""
+        random_state = torch.get_rng_state()
+        torch.set_rng_state(entered.random_state)
+        _, kept = self.layers[number].forward(entered.rows, batch, number == len(self.layers) - 1, Want(True, False))
+        torch.set_rng_state(random_state)
+        return kept
+
+
+class _Entered(NamedTuple):
+    """What entered a layer whose forward is to be run again."""
+
+    rows: Rows
+    random_state: Tensor
 
 
 def _lengths_of(runs: Sequence[Run]) -> list[int]:
