@@ -133,6 +133,14 @@ def test_chunks_give_what_all_logits_give(scale, softcap, with_bias):
     assert torch.equal(hits, readout.logits(states).argmax(-1) == labels)
 
 
+def test_a_truth_that_is_next_to_impossible_has_its_loss():
+    states = torch.tensor([[200.0, 0.0], [0.0, 1.0]]).requires_grad_()
+    readout, labels = Readout(torch.eye(2), None, 1.0, None), torch.tensor([1, 1])
+    loss = mean_token_loss(readout, states, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(states, labels))
+    assert torch.isfinite(torch.autograd.grad(loss, states)[0]).all()
+
+
 def examples(seed=0):
     generator = torch.Generator().manual_seed(seed)
     made = []

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Positions whose logits are held at once: 50 MB for a vocabulary of 50,000.
 CHUNK_POSITIONS = 256
+# Probabilities below this have lost digits in float32.
+_SMALLEST = 1e-30
 
 
 class Readout(NamedTuple):
@@ -69,16 +71,17 @@ class _FrozenReadout(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, readout: Readout, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         grad = torch.empty_like(states)
+        probabilities = None
         for start in range(0, len(states), CHUNK_POSITIONS):
             part = slice(start, start + CHUNK_POSITIONS)
             logits, wanted = readout.logits(states[part]).float(), labels[part].unsqueeze(1)
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += (norm - logits.gather(1, wanted)).sum()
-            slope = None if readout.softcap is None else 1.0 - (logits / readout.softcap).square_()
-            by_logits = logits.sub_(norm).exp_()
+            # One buffer for all chunks: fresh memory of this size costs more than the softmax itself.
+            probabilities = torch.empty_like(logits) if probabilities is None else probabilities[: len(logits)]
+            by_logits = torch.softmax(logits, -1, out=probabilities)
+            total += _losses(logits, by_logits, wanted).sum()
             by_logits.scatter_add_(1, wanted, by_logits.new_full(wanted.shape, -1.0))
-            if slope is not None:
-                by_logits *= slope
+            if readout.softcap is not None:
+                by_logits *= 1.0 - (logits / readout.softcap).square_()
             torch.mm(by_logits.to(readout.weight.dtype), readout.weight, out=grad[part])
         ctx.save_for_backward(grad.mul_(readout.scale / len(states)))
         return total / len(states)
@@ -87,3 +90,14 @@ class _FrozenReadout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.saved_tensors[0] * grad, None, None
+
+
+def _losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> Tensor:
+    """[positions]: -log of each label's probability, from the logits where that is too small to have a logarithm."""
+    of_labels = probabilities.gather(1, labels).squeeze(1)
+    losses = -of_labels.log()
+    tiny = (of_labels < _SMALLEST).nonzero().squeeze(1)
+    if len(tiny):
+        rows = logits.index_select(0, tiny)
+        losses[tiny] = rows.logsumexp(-1) - rows.gather(1, labels[tiny]).squeeze(1)
+    return losses

@@ -1,6 +1,6 @@
 // Attention within the texts of a pack; the plain twin is attention.py.
 //
-// A job is one key head of one text. Scores lie transposed, [keys, queries of all heads that share those keys]: sums
+// A job is one key head of one text, or some of a long text's queries: few long texts keep all cores busy, too. Scores lie transposed, [keys, queries of all heads that share those keys]: sums
 // and maxima over keys then run along vectors, never across them.
 
 #include <algorithm>
@@ -9,7 +9,9 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 96;  // at a time, over all heads of a job
+constexpr int64_t QUERIES = 96;       // at a time, over all heads of a job
+constexpr int64_t PART_TOKENS = 128;  // a text of so many tokens is one part of work, a longer one has several
+constexpr int64_t MOST_PARTS = 4;     // each holds gradients of all keys, which are added up in the end
 
 struct Shape {
   int64_t heads, key_heads, dim;
@@ -21,6 +23,23 @@ struct Shape {
 struct Mask {
   int64_t causal, window;
 };
+
+// Queries `part`, part + parts, ... (counted in chunks) of one key head of one text.
+struct Job {
+  int64_t text, kv, part, parts;
+};
+
+std::vector<Job> list_jobs(const int64_t* starts, int64_t texts, int64_t key_heads) {
+  std::vector<Job> jobs;
+  for (int64_t text = 0; text < texts; text++) {
+    const int64_t length = starts[text + 1] - starts[text];
+    const int64_t parts = std::clamp<int64_t>(length / PART_TOKENS, 1, MOST_PARTS);
+    for (int64_t kv = 0; kv < key_heads; kv++) {
+      for (int64_t part = 0; part < parts; part++) jobs.push_back({text, kv, part, parts});
+    }
+  }
+  return jobs;
+}
 
 // Rows of a matrix to multiply by: in place where whole vectors stay within a row, else copied.
 struct Right {
@@ -72,16 +91,18 @@ extern "C" {
 void attention_forward(const float* projected, const int64_t* starts, int64_t texts, Shape shape, float scaling,
                        Mask mask, float* out, float* sums) {
   const int64_t width = shape.width(), groups = shape.groups(), dim = shape.dim, heads = shape.heads;
+  const std::vector<Job> jobs = list_jobs(starts, texts, shape.key_heads);
   PARALLEL {
     static thread_local Buffer scores, largest, inverse, attended;
     static thread_local Right value;
     static thread_local Chunk chunk;
-    _Pragma("omp for schedule(dynamic)") for (int64_t job = 0; job < texts * shape.key_heads; job++) {
-      const int64_t text = job / shape.key_heads, kv = job % shape.key_heads, start = starts[text];
-      const int64_t length = starts[text + 1] - start, at_once = std::max<int64_t>(QUERIES / groups, 1);
+    _Pragma("omp for schedule(dynamic)") for (size_t number = 0; number < jobs.size(); number++) {
+      const Job job = jobs[number];
+      const int64_t kv = job.kv, start = starts[job.text], length = starts[job.text + 1] - start;
+      const int64_t at_once = std::max<int64_t>(QUERIES / groups, 1);
       const float* key = projected + start * width + (heads + kv) * dim;
       value.take(key + shape.key_heads * dim, width, length, dim);
-      for (int64_t row = 0; row < length; row += at_once) {
+      for (int64_t row = job.part * at_once; row < length; row += job.parts * at_once) {
         chunk.place(row, std::min(at_once, length - row), groups, length, mask);
         const int64_t seen = mask.causal ? row + chunk.rows : length, n = chunk.width;
         chunk.turn(projected + (start + row) * width + kv * groups * dim, width, groups, dim, chunk.turned);
@@ -136,18 +157,22 @@ void attention_backward(const float* grad, const float* projected, const float* 
                         int64_t texts, Shape shape, float scaling, Mask mask, float* grad_projected) {
   const int64_t width = shape.width(), groups = shape.groups(), dim = shape.dim, heads = shape.heads;
   const int64_t columns = padded(dim);
+  const std::vector<Job> jobs = list_jobs(starts, texts, shape.key_heads);
+  std::vector<Buffer> by_keys(jobs.size()), by_values(jobs.size());
   PARALLEL {
-    static thread_local Buffer weights, by_scores, largest, inverse, along, turned_grad, q, g, by_query, by_key, by_value;
+    static thread_local Buffer weights, by_scores, largest, inverse, along, turned_grad, q, g, by_query;
     static thread_local Right right_key;
     static thread_local Chunk chunk;
-    _Pragma("omp for schedule(dynamic)") for (int64_t job = 0; job < texts * shape.key_heads; job++) {
-      const int64_t text = job / shape.key_heads, kv = job % shape.key_heads, start = starts[text];
-      const int64_t length = starts[text + 1] - start, at_once = std::max<int64_t>(QUERIES / groups, 1);
+    _Pragma("omp for schedule(dynamic)") for (size_t number = 0; number < jobs.size(); number++) {
+      const Job job = jobs[number];
+      const int64_t kv = job.kv, start = starts[job.text], length = starts[job.text + 1] - start;
+      const int64_t at_once = std::max<int64_t>(QUERIES / groups, 1);
+      Buffer &by_key = by_keys[number], &by_value = by_values[number];
       const float* key = projected + start * width + (heads + kv) * dim;
       const float* value = key + shape.key_heads * dim;
       right_key.take(key, width, length, dim);
       by_key.assign(length * columns, 0.0f), by_value.assign(length * columns, 0.0f);
-      for (int64_t row = 0; row < length; row += at_once) {
+      for (int64_t row = job.part * at_once; row < length; row += job.parts * at_once) {
         chunk.place(row, std::min(at_once, length - row), groups, length, mask);
         const int64_t seen = mask.causal ? row + chunk.rows : length, n = chunk.width, rows = chunk.rows;
         const float* query = projected + (start + row) * width + kv * groups * dim;
@@ -196,11 +221,22 @@ void attention_backward(const float* grad, const float* projected, const float* 
         multiply(seen, columns, chunk.queries, weights.data(), n, 1, g.data(), columns, by_value.data(), columns, true);
         multiply(seen, columns, chunk.queries, by_scores.data(), n, 1, q.data(), columns, by_key.data(), columns, true);
       }
-      float* to = grad_projected + start * width + (heads + kv) * dim;
-      for (int64_t j = 0; j < length; j++) {
-        std::memcpy(to + j * width, by_key.data() + j * columns, dim * sizeof(float));
-        std::memcpy(to + j * width + shape.key_heads * dim, by_value.data() + j * columns, dim * sizeof(float));
-      }
+    }
+    _Pragma("omp for schedule(static)") for (size_t number = 0; number < jobs.size(); number++) {
+      const Job job = jobs[number];
+      if (job.part) continue;
+      const int64_t start = starts[job.text], length = starts[job.text + 1] - start;
+      float* to = grad_projected + start * width + (heads + job.kv) * dim;
+      for (int64_t part = 0; part < job.parts; part++)
+        for (int64_t j = 0; j < length; j++) {
+          const float *by_key = by_keys[number + part].data() + j * columns;
+          const float* by_value = by_values[number + part].data() + j * columns;
+          float *key = to + j * width, *value = key + shape.key_heads * dim;
+          for (int64_t d = 0; d < dim; d++) {
+            key[d] = part ? key[d] + by_key[d] : by_key[d];
+            value[d] = part ? value[d] + by_value[d] : by_value[d];
+          }
+        }
     }
   }
 }
