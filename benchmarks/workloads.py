@@ -4,7 +4,7 @@
     python benchmarks/workloads.py --only tales           language modelling on blocks of 512 tokens
     python benchmarks/workloads.py --only lengths --models starter:minilm-l6
 
-Writes benchmarks/results/workloads-*.json; `docs/performance.md` quotes them.
+Writes benchmarks/results/workloads-*.json and docs/lengths-*.svg; `docs/performance.md` quotes them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from training import measure_throughput
 from trimtab.machine import describe_machine, package_versions
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 CONTENDERS = ("trimtab", "trimtab-int8", "dynamic", "grouped")
 LENGTHS = (64, 128, 256, 512)
 TURNS = 15
+_TITLES = {"trimtab": "Trimtab, float32", "trimtab-int8": "Trimtab, int8", "dynamic": "Trainer, dynamic padding",
+           "grouped": "Trainer, grouped by length"}  # fmt: skip
 # Tokens in a batch of the peer, when its texts are as long as they may be.
 BATCH_TOKENS = 1024
 
@@ -35,6 +38,26 @@ def measure_lengths(model: str) -> dict[str, Any]:
         )  # fmt: skip
         show(f"{model} Reuters, at most {length} tokens", found[str(length)])
     return found
+
+
+def draw_lengths(model: str, found: dict[str, Any], path: Path) -> None:
+    """Tokens a second by length, a line for each contender."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "trimtab"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for name in CONTENDERS:
+        rates = [found[str(length)]["tokens_per_second"][name] for length in LENGTHS]
+        axes.plot(LENGTHS, rates, marker="o", label=_TITLES[name])
+    axes.set(xscale="log", xlabel="texts cut to so many tokens", ylabel="real tokens a second", title=model)
+    axes.set_xticks(LENGTHS, map(str, LENGTHS))
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    figure.savefig(path, metadata={"Date": None})
 
 
 def measure_tales() -> dict[str, Any]:
@@ -65,7 +88,9 @@ def main() -> None:
         (RESULTS / "workloads-tales.json").write_text(json.dumps(about | measure_tales(), indent=1) + "\n")
     for model in arguments.models if arguments.only != "tales" else ():
         name = f"workloads-lengths-{model.removeprefix('starter:')}.json"
-        (RESULTS / name).write_text(json.dumps(about | measure_lengths(model), indent=1) + "\n")
+        found = measure_lengths(model)
+        (RESULTS / name).write_text(json.dumps(about | found, indent=1) + "\n")
+        draw_lengths(f"{model} on Reuters, training", found, DOCS / f"lengths-{model.removeprefix('starter:')}.svg")
 
 
 if __name__ == "__main__":

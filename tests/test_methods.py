@@ -65,8 +65,13 @@ def test_auto_targets_of_granite_and_t5():
 def test_named_targets_and_rates(tiny_model):
     assert find_target_modules(tiny_model("llama"), "k_proj, o_proj") == ["k_proj", "o_proj"]
     assert find_target_modules(tiny_model("llama"), "all-linear") == "all-linear"
-    assert learning_rate_of(build_study({})) == get_method("lora").learning_rate
-    assert learning_rate_of(build_study({"learning_rate": 1e-3})) == 1e-3
+    rate = get_method("lora").learning_rate
+    assert learning_rate_of(build_study({}), tiny_model("llama")) == rate
+    assert learning_rate_of(build_study({"learning_rate": 1e-3}), tiny_model("llama")) == 1e-3
+    wide = tiny_model("llama", hidden_size=768)
+    assert learning_rate_of(build_study({}), wide) == pytest.approx(rate / 2 * 3**0.5)  # 2 layers
+    deep = tiny_model("gpt2", n_embd=384, n_layer=24)
+    assert learning_rate_of(build_study({}), deep) == pytest.approx(rate / 2)
     with pytest.raises(StudyError, match=r"unknown method 'dorra'; did you mean 'dora'\?"):
         get_method("dorra")
 

@@ -92,7 +92,8 @@ def tune(
         raise TrainingError(
             f"the loss was no longer finite at step {state.step + 1} of {len(plan)}; the state of step "
             f"{state.best_step}, the best on validation, is kept in {trial.adapter}; "
-            f"lower --learning-rate (it was {learning_rate_of(study):g}) and use another --out, or --overwrite"
+            f"lower --learning-rate (it was {learning_rate_of(study, peft_model):g}) "
+            "and use another --out, or --overwrite"
         )
     progress.stage("Scoring what was trained, to be held against its reload")
     save_logits(trial.trained_logits, scorer.score(data.test, progress).outputs)
@@ -214,7 +215,7 @@ def run_loop(
         progress.advance(state.step, len(plan), "steps", **shown)
 
     settings = LoopSettings(
-        learning_rate=learning_rate_of(study),
+        learning_rate=learning_rate_of(study, peft_model),
         warmup_ratio=study.warmup_ratio,
         max_grad_norm=study.max_grad_norm,
         steps_between_validations=math.ceil(plan.steps_per_epoch / study.evaluations_per_epoch),
@@ -242,7 +243,7 @@ def describe_training(
         "steps": state.step,
         "planned_steps": len(plan),
         "best_step": state.best_step,
-        "learning_rate": learning_rate_of(study),
+        "learning_rate": learning_rate_of(study, peft_model),
         "target_modules": sorted(config.target_modules) if config.target_modules else [],
         "modules_to_save": sorted(set(config.modules_to_save or [])),
         "forward": scorer.choice.forward.name,

@@ -48,6 +48,10 @@ _SETTINGS = {
 _CURVE_POINTS = 800
 
 
+# Scores further apart than this ratio are drawn on a logarithmic axis.
+_WIDE_RANGE = 20
+
+
 def score_figure(content: Content) -> str:
     """The primary metric of every system with its interval, as SVG; empty where nothing has a value."""
     metric = content.primary_metric
@@ -76,6 +80,10 @@ def score_figure(content: Content) -> str:
         axes.grid(axis="x", color=_LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines["left"].set_visible(False)
+        values = [score.value for _, score in shown if score.value is not None]
+        if min(values) > 0 and max(values) > _WIDE_RANGE * min(values):  # perplexities of good and bad models
+            axes.set_xscale("log")
+            axes.margins(x=0.12)
         title = METRIC_TITLES.get(metric, metric)
         axes.set_xlabel(f"{title} (%)" if metric in PERCENTAGES else title)
         return _svg(figure, "scores", f"{title} of every system with its 95 % interval")
