@@ -1,5 +1,7 @@
 """Parameter counts that everybody knows, and targets found in every family."""
 
+from types import SimpleNamespace
+
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -68,10 +70,12 @@ def test_named_targets_and_rates(tiny_model):
     rate = get_method("lora").learning_rate
     assert learning_rate_of(build_study({}), tiny_model("llama")) == rate
     assert learning_rate_of(build_study({"learning_rate": 1e-3}), tiny_model("llama")) == 1e-3
-    wide = tiny_model("llama", hidden_size=768)
-    assert learning_rate_of(build_study({}), wide) == pytest.approx(rate / 2 * 3**0.5)  # 2 layers
+    wide = tiny_model("llama", hidden_size=768, num_hidden_layers=6)
+    assert learning_rate_of(build_study({}), wide) == pytest.approx(rate / 2)
     deep = tiny_model("gpt2", n_embd=384, n_layer=24)
-    assert learning_rate_of(build_study({}), deep) == pytest.approx(rate / 2)
+    assert learning_rate_of(build_study({}), deep) == pytest.approx(rate / 4)
+    both = SimpleNamespace(config=GPT2Config(n_embd=3072, n_layer=48))
+    assert learning_rate_of(build_study({}), both) == pytest.approx(rate / 20)
     with pytest.raises(StudyError, match=r"unknown method 'dorra'; did you mean 'dora'\?"):
         get_method("dorra")
 

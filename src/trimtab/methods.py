@@ -64,6 +64,8 @@ _ATTENTION_NAMES = (
 
 # The model on which the methods' rates were chosen (MiniLM-L6).
 _RATED_WIDTH, _RATED_LAYERS = 384, 6
+# Models of billions of parameters learn at 1e-4 (Hu et al. 2021, tables 11 and 12), a twentieth of LoRA's rate here.
+_LEAST_SCALE = 0.05
 
 # The first number in a module's name, as peft counts layers.
 _IN_LAYER = re.compile(r"\.[^.]*\.(\d+)\.")
@@ -86,14 +88,14 @@ def get_method(name: str) -> Method:
 def learning_rate_of(study: StudyConfig, model: Any) -> float:
     """The study's rate; `auto` is the method's, which was chosen on a small model, less for wide and deep ones.
 
-    Adam's best rate falls as 1 / width (Yang et al. 2022, "Tensor Programs V", table 3) and as
-    1 / sqrt(depth) (Yang et al. 2023, "Tensor Programs VI").
+    Adam's best rate falls as 1 / width (Yang et al. 2022, "Tensor Programs V", table 3); that it falls
+    with the depth as well was measured (docs/decisions.md, 31).
     """
     if study.learning_rate != "auto":
         return study.learning_rate
     config = model.config.get_text_config()
-    scale: float = _RATED_WIDTH / config.hidden_size * (_RATED_LAYERS / config.num_hidden_layers) ** 0.5
-    return get_method(study.method).learning_rate * min(1.0, scale)
+    scale: float = _RATED_WIDTH / config.hidden_size * _RATED_LAYERS / config.num_hidden_layers
+    return get_method(study.method).learning_rate * min(1.0, max(_LEAST_SCALE, scale))
 
 
 def find_target_modules(model: Any, wanted: str) -> list[str] | str:

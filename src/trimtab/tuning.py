@@ -58,7 +58,6 @@ def tune(
     """
     method = get_method(study.method)
     progress.stage(f"Tuning with {method.title}, seed {study.seed}")
-    keep_freed_memory()
     torch.manual_seed(study.seed)
     peft_model = attach_adapter(scorer.base.model, study, scorer.base.new_modules)
     prepare_adapted(peft_model, scorer.choice.forward)
@@ -73,8 +72,9 @@ def tune(
     )  # fmt: skip
     checkpointing = choose_checkpointing(study, scorer, data.train, plan, progress)
     errors = use_precision(
-        precision, scorer.task, scorer.choice.forward, plan[0].to(scorer.base.device), progress, training=True
+        precision, scorer.task, scorer.choice.forward, scorer.first_batch(data.train), progress, training=True
     )
+    keep_freed_memory()  # now that what training does not need has been given back
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
     use_float32(scorer.choice.forward)
@@ -84,7 +84,7 @@ def tune(
     write_json(
         trial.training,
         describe_training(study, scorer, peft_model, state, plan, ending, facts)
-        | {"gradient_checkpointing": checkpointing}
+        | ({"gradient_checkpointing": "on"} if checkpointing else {})
         | describe_precision(errors)
         | {"cost": _training_cost(state, trainable, total, adapter_bytes)},
     )

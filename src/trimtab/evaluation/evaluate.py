@@ -42,7 +42,7 @@ class Scorer:
         pad = self.base.tokenizer.pad_token_id
         return Collator(encoded.examples, forward.packed, self.choice.position_offset, pad)
 
-    def first_batch(self, encoded: EncodedRows, tokens: int = 512) -> Batch:
+    def first_batch(self, encoded: EncodedRows, tokens: int = 256) -> Batch:
         """A batch of the first rows, as many as make up `tokens`."""
         ends = accumulate(map(len, encoded.examples))
         rows = sum(end <= tokens for end in ends)

@@ -83,6 +83,8 @@ def score_figure(content: Content) -> str:
         values = [score.value for _, score in shown if score.value is not None]
         if min(values) > 0 and max(values) > _WIDE_RANGE * min(values):  # perplexities of good and bad models
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter("")
             axes.margins(x=0.12)
         title = METRIC_TITLES.get(metric, metric)
         axes.set_xlabel(f"{title} (%)" if metric in PERCENTAGES else title)

@@ -24,6 +24,9 @@ from trimtab.engine.fused.stack import LayerStack
 OUTPUT_COSINE = 0.999
 GRADIENT_COSINE = 0.99
 
+# Rows of a batch on which each group's error is measured; all groups' are held at once.
+_MEASURED_ROWS = 256
+
 # Rows and repetitions with which int8 is held against float32.
 _TIMED_TOKENS = 512
 _TIMED_RUNS = 5
@@ -44,7 +47,7 @@ class GroupError(NamedTuple):
 
 
 class _Seen:
-    """The rows that enter a group, and the gradient that comes back, of one pass in float32."""
+    """The first rows that enter a group, and of the gradient that comes back, of one pass in float32."""
 
     def __init__(self, group: LinearGroup) -> None:
         self.group = group
@@ -55,11 +58,11 @@ class _Seen:
         group.backward = self._backward  # type: ignore[method-assign]
 
     def _forward(self, rows: Rows, addend: Tensor | None = None) -> Any:
-        self.inputs = rows.values
+        self.inputs = None if rows.values is None else rows.values[:_MEASURED_ROWS].clone()
         return LinearGroup.forward(self.group, rows, addend)
 
     def _backward(self, grad: Rows, kept: Any, needs_input: bool = True, addend: Tensor | None = None) -> Any:
-        self.gradient = grad.values if needs_input else None
+        self.gradient = grad.values[:_MEASURED_ROWS].clone() if needs_input and grad.values is not None else None
         return LinearGroup.backward(self.group, grad, kept, needs_input, addend)
 
     def forget(self) -> None:
