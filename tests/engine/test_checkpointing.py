@@ -3,16 +3,13 @@
 import pytest
 import torch
 
+from adapted_models import adapt, pack
 from trimtab.engine import checkpointing
-from trimtab.engine.batches import Collator
 from trimtab.engine.checkpointing import checkpoint_layers, kept_bytes, should_checkpoint
 from trimtab.engine.forward import choose_forward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.engine.fused import native
 from trimtab.engine.fused.precision import quantise_stack
-from trimtab.engine.prepare import prepare_adapted
-from trimtab.methods import attach_adapter
-from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
 
@@ -23,19 +20,14 @@ class Case:
         sizes = {"hidden_size": 64, "intermediate_size": 128} if family != "gpt2" else {}
         model = tiny_model(family, auto_class=self.task.auto_class, **sizes)
         self.choice = choose_forward(model, 0, 64, False)
-        self.peft_model = attach_adapter(model, build_study({"task": task, "lora_dropout": 0.2}), [])
-        prepare_adapted(self.peft_model, self.choice.forward)
+        self.peft_model = adapt(model, self.choice, task=task, lora_dropout=0.2)
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in trainable_parameters(self.peft_model).items():
-                if "lora_B" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         examples = []
         for length in (9, 30, 9, 4):
             ids = torch.randint(5, 100, (length,), generator=generator).tolist()
             places = list(range(length - 1)) if task == "causal_lm" else [0]
             examples.append(Example(ids, None, places, ids[1:] if task == "causal_lm" else [length % 3]))
-        self.batch = Collator(examples, True, self.choice.position_offset, 0).collate(range(4))
+        self.batch = pack(examples, self.choice)
 
     def loss(self):
         torch.manual_seed(5)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from adapted_models import LENGTHS, enliven, make_examples, pack
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import PackedForward, PaddedForward, choose_forward
 from trimtab.engine.frozen import freeze_linears, set_adapter_training, trainable_parameters
@@ -10,30 +11,10 @@ from trimtab.methods import attach_adapter
 from trimtab.study_config import build_study
 from trimtab.tasks.classification import classification_loss
 from trimtab.tasks.examples import Example
-from trimtab.tasks.heads import pools_last_token
 
 REQUIRED = ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "mistral"]
 ALSO_PACKED = ["xlm-roberta", "electra", "albert", "modernbert", "qwen3", "gemma2", "gemma3", "phi3", "opt",
                "gpt_neox", "olmo2", "smollm3"]  # fmt: skip
-LENGTHS = [4, 9, 9, 1, 17, 4]
-
-
-def make_examples(model, lengths=LENGTHS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    last = pools_last_token(model)
-    return [
-        Example(
-            torch.randint(5, 100, (length,), generator=generator).tolist(),
-            None,
-            [length - 1 if last else 0],
-            [i % 3],
-        )
-        for i, length in enumerate(lengths)
-    ]
-
-
-def pack(examples, choice):
-    return Collator(examples, True, choice.position_offset, 0).collate(range(len(examples)))
 
 
 def alone(model, examples, choice):
@@ -49,11 +30,7 @@ def adapted(model):
     """The model with LoRA whose B is not zero, so that every gradient path is alive."""
     peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0}), [])
     freeze_linears(peft_model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in trainable_parameters(peft_model).items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    enliven(peft_model)
     set_adapter_training(peft_model, True)
     return peft_model
 

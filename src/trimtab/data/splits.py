@@ -12,7 +12,7 @@ from trimtab.errors import DataError
 # test needs some of them.
 _FOLDS = 10
 _FOLDS_OF_FEW = 5
-FEW_TEXTS = 200
+_FEW_TEXTS = 200
 
 
 def cut_split(rows: Sequence[Row], seed: int, what: str, has_labels: bool = True) -> tuple[list[Row], list[Row]]:
@@ -32,7 +32,7 @@ def cut_split(rows: Sequence[Row], seed: int, what: str, has_labels: bool = True
         kind = "groups" if grouped else "rows of the rarest class"
         raise DataError(f"too few {kind} ({units}) to cut a {what} split from train; give --{what}-data, or more rows")
     splitter = StratifiedGroupKFold if grouped else StratifiedKFold
-    wanted = _FOLDS if has_labels or len(rows) >= FEW_TEXTS else _FOLDS_OF_FEW
+    wanted = _FOLDS if has_labels or len(rows) >= _FEW_TEXTS else _FOLDS_OF_FEW
     folds = splitter(n_splits=min(wanted, units), shuffle=True, random_state=seed)
     kept, cut = next(folds.split(labels, labels, [row.group for row in rows] if grouped else None))
     return [rows[i] for i in kept], [rows[i] for i in cut]

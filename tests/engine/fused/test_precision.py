@@ -3,24 +3,18 @@
 import pytest
 import torch
 
-from trimtab.engine.batches import Collator
+from adapted_models import adapt, make_examples, pack
 from trimtab.engine.forward import choose_forward
-from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.frozen import trainable_parameters
 from trimtab.engine.fused import native, precision
 from trimtab.engine.fused.precision import quantise_stack
-from trimtab.engine.prepare import prepare_adapted
-from trimtab.methods import attach_adapter
 from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision
 from trimtab.progress import Silent
-from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.classification import classification_loss
 from trimtab.tasks.examples import Example
-from trimtab.tasks.heads import pools_last_token
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: training is in float32")
-
-LENGTHS = [4, 9, 9, 1, 17, 4]
 
 
 class Case:
@@ -29,23 +23,11 @@ class Case:
     def __init__(self, model):
         self.choice = choose_forward(model, 0, 64, False)
         self.stack = self.choice.forward.stack
-        self.peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0}), [])
-        prepare_adapted(self.peft_model, self.choice.forward)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in trainable_parameters(self.peft_model).items():
-                if "lora_B" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        set_adapter_training(self.peft_model, True)
-        last = pools_last_token(model)
-        self.examples = [Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None,
-                                 [length - 1 if last else 0], [i % 3]) for i, length in enumerate(LENGTHS)]  # fmt: skip
-
-    def batch(self, examples):
-        return Collator(examples, True, self.choice.position_offset, 0).collate(range(len(examples)))
+        self.peft_model = adapt(model, self.choice)
+        self.examples = make_examples(model, seed=1)
 
     def results(self, examples=None, rows=slice(None)):
-        batch = self.batch(examples or self.examples)
+        batch = pack(examples or self.examples, self.choice)
         self.peft_model.zero_grad()
         logits = self.choice.forward.logits(batch)[rows]
         classification_loss(logits, batch.labels[rows]).backward()
@@ -87,8 +69,8 @@ def test_float32_comes_back_to_the_last_bit(case):
 def test_a_changed_text_leaves_its_neighbours_alone(case):
     case.quantise()
     changed_row = 4
-    other = Example([7] * LENGTHS[changed_row], None, case.examples[changed_row].positions, [0])
-    rows = [i for i, row in enumerate(case.batch(case.examples).rows) if row != changed_row]
+    other = Example([7] * len(case.examples[changed_row]), None, case.examples[changed_row].positions, [0])
+    rows = [i for i, row in enumerate(pack(case.examples, case.choice).rows) if row != changed_row]
     before = case.results(rows=rows)
     after = case.results([other if i == changed_row else e for i, e in enumerate(case.examples)], rows)
     for ours, theirs in zip(after, before, strict=True):
@@ -116,7 +98,7 @@ def test_nothing_within_bounds_is_told_as_float32(case, monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_choice_draws_nothing_from_the_generator(case, training):
-    batch = case.batch(case.examples)
+    batch = pack(case.examples, case.choice)
     for wanted in ("float32", "int8", "auto"):
         torch.manual_seed(3)
         chosen = choose_precision(wanted, case.choice.forward, Silent())
@@ -142,10 +124,15 @@ def test_auto_takes_int8_where_it_pays(case, monkeypatch):
 def test_scoring_in_int8_measures_outputs_alone(case):
     logits, _ = case.results()
     errors = use_precision(
-        "int8", get_task("classification"), case.choice.forward, case.batch(case.examples), Silent(), training=False
+        "int8",
+        get_task("classification"),
+        case.choice.forward,
+        pack(case.examples, case.choice),
+        Silent(),
+        training=False,
     )
     assert all(error.gradient_cosine is None for error in errors)
     with torch.no_grad():
-        quantised = case.choice.forward.logits(case.batch(case.examples))
+        quantised = case.choice.forward.logits(pack(case.examples, case.choice))
     assert (quantised - logits).abs().max() > 0
     assert torch.cosine_similarity(quantised.flatten(), logits.flatten(), 0) > 0.995

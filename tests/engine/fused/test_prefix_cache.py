@@ -5,18 +5,14 @@ import os
 import pytest
 import torch
 
+from adapted_models import adapt, make_examples
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import choose_forward
-from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.frozen import trainable_parameters
 from trimtab.engine.fused import native
 from trimtab.engine.fused.precision import quantise_stack
 from trimtab.engine.fused.prefix_cache import CacheInUseError, PrefixCache, make_room
-from trimtab.engine.prepare import prepare_adapted
-from trimtab.methods import attach_adapter
-from trimtab.study_config import build_study
 from trimtab.tasks.classification import classification_loss
-from trimtab.tasks.examples import Example
-from trimtab.tasks.heads import pools_last_token
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: models keep their own forward")
 LAYER = 2
@@ -28,17 +24,12 @@ class Case:
     def __init__(self, model, layers="upper-half"):
         self.choice = choose_forward(model, 0, 64, False)
         self.stack = self.choice.forward.stack
-        study = build_study({"lora_dropout": 0.0, "layers_to_transform": layers})
-        self.model = attach_adapter(model, study, [])
-        prepare_adapted(self.model, self.choice.forward)
-        set_adapter_training(self.model, True)
+        self.model = adapt(model, self.choice, layers_to_transform=layers)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in trainable_parameters(self.model).values():
                 parameter.normal_(0, 0.1, generator=generator)
-        last = pools_last_token(model)
-        texts = [torch.randint(3, 120, (n,), generator=generator).tolist() for n in (5, 9, 9, 23)]
-        self.examples = [Example(ids, None, [len(ids) - 1 if last else 0], [n % 2]) for n, ids in enumerate(texts)]
+        self.examples = make_examples(model, (5, 9, 9, 23), seed=1)
 
     def step(self, rows=(0, 1, 2, 3)):
         """Logits and gradients of a pack of these rows."""

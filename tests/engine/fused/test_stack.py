@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from adapted_models import adapt, make_examples, pack
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import PackedForward, PaddedForward, choose_forward
-from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.frozen import trainable_parameters
 from trimtab.engine.fused import linears, native, plain
 from trimtab.engine.fused.formats import draw_masks
 from trimtab.engine.fused.stack import build_stack
@@ -14,38 +15,13 @@ from trimtab.methods import attach_adapter
 from trimtab.study_config import build_study
 from trimtab.tasks.classification import classification_loss
 from trimtab.tasks.examples import Example
-from trimtab.tasks.heads import backbone_of, pools_last_token
+from trimtab.tasks.heads import backbone_of
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: models keep their own forward")
 
 LLAMA_LIKE = ["llama", "qwen2", "mistral"]
 BERT_LIKE = ["bert", "roberta", "xlm-roberta", "electra"]
 FAMILIES = LLAMA_LIKE + BERT_LIKE
-LENGTHS = [4, 9, 9, 1, 17, 4]
-
-
-def make_examples(model, lengths=LENGTHS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    pooled = (lambda length: length - 1) if pools_last_token(model) else (lambda length: 0)
-    return [Example(torch.randint(5, 100, (length,), generator=generator).tolist(), None, [pooled(length)], [i % 3])
-            for i, length in enumerate(lengths)]  # fmt: skip
-
-
-def pack(examples, choice):
-    return Collator(examples, True, choice.position_offset, 0).collate(range(len(examples)))
-
-
-def adapt(model, choice, **settings):
-    """Attach an adapter whose parameters are all alive, and prepare it as training does."""
-    peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0} | settings), [])
-    prepare_adapted(peft_model, choice.forward)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in trainable_parameters(peft_model).items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    set_adapter_training(peft_model, True)
-    return peft_model
 
 
 def results(peft_model, logits, labels):
