@@ -20,7 +20,7 @@ import torch
 
 from trimtab.data import PreparedData, prepare_data
 from trimtab.engine.batches import TrainingPlan
-from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.frozen import NumberFormat, set_adapter_training, trainable_parameters
 from trimtab.engine.loop import make_state
 from trimtab.engine.memory import keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
@@ -28,7 +28,7 @@ from trimtab.evaluation.baselines import fit_linear_probe
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import attach_adapter, learning_rate_of
 from trimtab.models import load_base, quiet_libraries
-from trimtab.precision import NumberFormat, use_float32, use_precision
+from trimtab.precision import use_float32, use_precision
 from trimtab.progress import Silent
 from trimtab.sources import locate_model
 from trimtab.study_config import StudyConfig, build_study

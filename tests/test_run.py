@@ -275,8 +275,9 @@ def test_what_is_finished_is_kept(tmp_path, model_folder, reviews):
 
 
 @pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: training is in float32")
-def test_training_in_int8_is_scored_in_float32(tmp_path, model_folder):
-    model = model_folder("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # fused layers, and linears by themselves
+def test_training_in_int8_is_scored_in_float32(tmp_path, model_folder, family):
+    model = model_folder(family)
     data = write_reviews(tmp_path / "reviews.csv")
     done = run_trimtab("run", "--model", model, "--train-data", data, "--precision", "int8", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.errors import StudyError, suggest
 
 Task = Literal["classification", "causal_lm"]
-Precision = Literal["float32", "int8", "auto"]
+Precision = Literal["float32", "bfloat16", "float16", "int8", "auto"]
 
 
 class StudyConfig(BaseModel):
@@ -88,8 +88,9 @@ class StudyConfig(BaseModel):
     seed: int = Field(0, ge=0, description="Seeds the split, the head, the order of rows and dropout.")
     precision: Precision = Field(
         "float32",
-        description="Number format of the frozen layers in training: float32, int8 (layers whose error is within "
-        "bounds), or auto: int8 where this machine multiplies it at least twice as fast. Scores are always float32.",
+        description="Number format of the frozen layers in training: float32, int8, bfloat16, float16 (layers whose "
+        "error is within bounds), or auto: int8 or bfloat16 where this machine multiplies it at least twice as fast. "
+        "Scores are always float32.",
     )
     out: str | None = Field(None, description="Run folder; runs/<model>-<data>-<method> if missing.")
 

@@ -20,7 +20,7 @@ from trimtab.cache import cache_folder
 from trimtab.engine.batches import Batch, TrainingPlan
 from trimtab.engine.checkpointing import checkpoint_layers, kept_bytes, should_checkpoint
 from trimtab.engine.forward import PackedForward
-from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.frozen import NumberFormat, set_adapter_training, trainable_parameters
 from trimtab.engine.fused import native
 from trimtab.engine.fused.prefix_cache import CacheInUseError, PrefixCache, make_room
 from trimtab.engine.loop import Ending, LoopSettings, make_state, train
@@ -33,7 +33,7 @@ from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
 from trimtab.job import EncodedSplits
 from trimtab.machine import package_versions
 from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of
-from trimtab.precision import NumberFormat, describe_precision, use_float32, use_precision
+from trimtab.precision import describe_precision, use_float32, use_precision
 from trimtab.progress import Progress
 from trimtab.runs import TrialFolder, write_json, write_jsonl
 from trimtab.study_config import StudyConfig
@@ -85,7 +85,7 @@ def tune(
         trial.training,
         describe_training(study, scorer, peft_model, state, plan, ending, facts)
         | ({"gradient_checkpointing": "on"} if checkpointing else {})
-        | describe_precision(errors)
+        | describe_precision(precision, errors)
         | {"cost": _training_cost(state, trainable, total, adapter_bytes)},
     )
     if ending == "not_finite":

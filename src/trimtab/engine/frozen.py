@@ -1,16 +1,23 @@
-"""Frozen linear layers behind one class, so that a precision is chosen in one place.
+"""Frozen linear layers behind one class, so that a number format is chosen in one place.
 
 `freeze_linears` runs after peft has attached its layers: every linear (and GPT-2's `Conv1D`)
 whose weight does not train is replaced, inside `base_layer` too. Names and shapes stay, so peft
-reads, saves and merges as before.
+reads, saves and merges as before. Which layers compute in what is for `lower_precision`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from trimtab.engine.fused import native
+from trimtab.engine.fused.formats import Want, Weight, quantise_weight
+
+NumberFormat = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class FrozenLinear(nn.Module):
@@ -18,6 +25,7 @@ class FrozenLinear(nn.Module):
 
     `weight` keeps the layout of the layer it replaces: [out, in] of `nn.Linear`, or [in, out] of
     `Conv1D` (`fan_in_fan_out`). Only the input's gradient is computed, and no input is saved for it.
+    In another `number_format` than the weight's own it multiplies a copy of the weight, in both directions.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, fan_in_fan_out: bool) -> None:
@@ -26,12 +34,71 @@ class FrozenLinear(nn.Module):
         self.bias = bias
         self.fan_in_fan_out = fan_in_fan_out
         self.in_features, self.out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
+        self.number_format: NumberFormat = "float32"
+        self._lowered: Weight | Tensor | None = None
+
+    @property
+    def by_columns(self) -> Tensor:
+        """The weight as [out, in], whichever way it is stored."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def can_compute_in(self, number_format: NumberFormat) -> bool:
+        if number_format != "int8":
+            return True
+        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        return on_cpu and native.is_available() and not any(side % 4 for side in self.weight.shape)
+
+    def compute_in(self, number_format: NumberFormat) -> None:
+        """Multiply in this format from now on; the weight itself stays as it is."""
+        self.number_format = number_format
+        self._lowered = None if number_format == "float32" else lower_weight(self.by_columns.detach(), number_format)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.t() if self.fan_in_fan_out else self.weight, self.bias)
+        if self._lowered is None:
+            return F.linear(input, self.by_columns, self.bias)
+        result: Tensor = _LoweredProduct.apply(input, self._lowered, self.bias)  # type: ignore[no-untyped-call]
+        return result
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def lower_weight(values: Tensor, number_format: NumberFormat) -> Weight | Tensor:
+    """A weight [out, in] as products in `number_format` read it."""
+    if number_format == "int8":
+        return Weight(values, int8=quantise_weight(values))
+    return values.to(getattr(torch, number_format))
+
+
+def multiply(rows: Tensor, weight: Weight | Tensor, bias: Tensor | None) -> Tensor:
+    """rows [tokens, in] W^T + bias in the weight's format, as float32."""
+    if isinstance(weight, Weight):
+        return native.linear(native.rows_of(rows.contiguous(), Want(False, True)), weight, bias)
+    output = (rows.to(weight.dtype) @ weight.t()).to(rows.dtype)
+    return output if bias is None else output.add_(bias)
+
+
+def multiply_backward(grad: Tensor, weight: Weight | Tensor) -> Tensor:
+    """The rows' gradient, from that of the product [tokens, out]."""
+    if isinstance(weight, Weight):
+        assert weight.int8 is not None
+        return native.linear_backward(
+            native.rows_of(grad.contiguous(), Want(False, True, weight.int8.column_scale)), weight
+        )
+    return (grad.to(weight.dtype) @ weight).to(grad.dtype)
+
+
+class _LoweredProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Weight | Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return multiply(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        by_input = multiply_backward(grad.reshape(-1, grad.shape[-1]), ctx.weight)
+        return by_input.view(*grad.shape[:-1], -1), None, None
 
 
 def _is_frozen(layer: nn.Module) -> bool:

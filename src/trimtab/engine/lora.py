@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trimtab.engine.frozen import FrozenLinear
-
-# Dropout compares 16 random bits an element with a threshold, so rates come in steps of 2^-16.
-DROPOUT_LEVELS = 1 << 16
+from trimtab.engine.fused.formats import DROPOUT_LEVELS
 
 
 def speed_up_lora(model: nn.Module) -> int:
@@ -67,6 +65,8 @@ class FastLoraLinear(PeftLinear):  # type: ignore[misc]
             return None
         tensors = (x, base.weight, lora_a.weight, lora_b.weight)
         if any(tensor.dtype != torch.float32 for tensor in tensors):
+            return None
+        if getattr(base, "number_format", "float32") != "float32" or base._forward_hooks:  # its own forward is wanted
             return None
         if torch.is_autocast_enabled(x.device.type):
             return None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from trimtab.engine.frozen import NumberFormat
 from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer
 from trimtab.job import EncodedSplits, Job
-from trimtab.precision import NumberFormat
 from trimtab.runs import RunFolder
 from trimtab.tasks import Task
 from trimtab.untuned import causal_lm, classification

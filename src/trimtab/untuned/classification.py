@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from trimtab.engine.frozen import NumberFormat
 from trimtab.evaluation.baselines import (
     LinearProbe,
     fit_linear_probe,
@@ -17,7 +18,7 @@ from trimtab.evaluation.baselines import (
 from trimtab.evaluation.class_predictions import predictions_for
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict, record_system, scoring_cost
 from trimtab.job import EncodedSplits, Job
-from trimtab.precision import NumberFormat, use_float32, use_precision
+from trimtab.precision import use_float32, use_precision
 from trimtab.runs import write_file
 from trimtab.tasks.classification import probabilities_of
 from trimtab.tasks.heads import final_linear

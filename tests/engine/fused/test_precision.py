@@ -8,6 +8,7 @@ from trimtab.engine.forward import choose_forward
 from trimtab.engine.frozen import trainable_parameters
 from trimtab.engine.fused import native, precision
 from trimtab.engine.fused.precision import quantise_stack
+from trimtab.engine.lower_precision import measure_gain
 from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision
 from trimtab.progress import Silent
 from trimtab.tasks import get_task
@@ -93,7 +94,7 @@ def test_nothing_within_bounds_is_told_as_float32(case, monkeypatch):
     monkeypatch.setattr(precision, "OUTPUT_COSINE", 1.1)
     errors = case.quantise()
     assert all(group.weight.int8 is None for group in case.stack.groups)
-    assert describe_precision(errors) == {"precision": "float32"}
+    assert describe_precision("int8", errors) == {"precision": "float32"}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -110,7 +111,7 @@ def test_the_choice_draws_nothing_from_the_generator(case, training):
 
 
 def test_auto_takes_int8_where_it_pays(case, monkeypatch):
-    gain = precision.measure_int8_gain(case.stack)
+    gain = measure_gain(case.choice.forward.model, "int8")
     assert 0 < gain < 100
     assert all(group.weight.int8 is None for group in case.stack.groups)
     monkeypatch.setattr(native, "has_int8", lambda: True)

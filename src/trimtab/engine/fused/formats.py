@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trimtab.engine.lora import DROPOUT_LEVELS
-
 TILE = 64  # rows and columns of the squares in which the compiled kernels hold a weight
+# Dropout compares 16 random bits an element with a threshold, so rates come in steps of 2^-16.
+DROPOUT_LEVELS = 1 << 16
 INT8_OFFSET = 128  # added to int8, so that rows are unsigned, as the processor's products ask for
 
 
@@ -75,7 +75,7 @@ def quantise_weight(values: Tensor) -> Int8Weight:
     if values.shape[0] % 4 or values.shape[1] % 4:
         raise ValueError(f"int8 products take multiples of 4, not a weight of {tuple(values.shape)}")
     scale = values.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127.0
-    integers = (values / scale).round_().to(torch.int8)
+    integers = (values / scale).round_().to(torch.int8).contiguous()
     padded_scale = F.pad(scale.squeeze(1), (0, -len(scale) % TILE))
     return Int8Weight(padded_scale[: len(scale)], Panels.of(integers), Panels.of(integers.t().contiguous()))
 

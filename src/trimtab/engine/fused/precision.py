@@ -7,12 +7,9 @@ have, stay in float32.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,15 +22,11 @@ OUTPUT_COSINE = 0.999
 GRADIENT_COSINE = 0.99
 
 # Rows of a batch on which each group's error is measured; all groups' are held at once.
-_MEASURED_ROWS = 256
-
-# Rows and repetitions with which int8 is held against float32.
-_TIMED_TOKENS = 512
-_TIMED_RUNS = 5
+MEASURED_ROWS = 256
 
 
 class GroupError(NamedTuple):
-    """What int8 costs one group; `gradient_cosine` is None where no gradient of the input is asked for."""
+    """What a lower precision costs a group of linears; `gradient_cosine` is None where no input gradient is wanted."""
 
     layer: int
     group: str
@@ -58,11 +51,11 @@ class _Seen:
         group.backward = self._backward  # type: ignore[method-assign]
 
     def _forward(self, rows: Rows, addend: Tensor | None = None) -> Any:
-        self.inputs = None if rows.values is None else rows.values[:_MEASURED_ROWS].clone()
+        self.inputs = None if rows.values is None else rows.values[:MEASURED_ROWS].clone()
         return LinearGroup.forward(self.group, rows, addend)
 
     def _backward(self, grad: Rows, kept: Any, needs_input: bool = True, addend: Tensor | None = None) -> Any:
-        self.gradient = grad.values[:_MEASURED_ROWS].clone() if needs_input and grad.values is not None else None
+        self.gradient = grad.values[:MEASURED_ROWS].clone() if needs_input and grad.values is not None else None
         return LinearGroup.backward(self.group, grad, kept, needs_input, addend)
 
     def forget(self) -> None:
@@ -102,42 +95,17 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupErro
     return errors
 
 
-def measure_int8_gain(stack: LayerStack) -> float:
-    """How many times as fast the first layer's products run in int8 as in float32, rounding included."""
-    generator = torch.Generator().manual_seed(0)
-    plain = whole = 0.0
-    for group in stack.layers[0].groups:
-        if group.can_quantise:
-            values = torch.randn(_TIMED_TOKENS, group.weight.values.shape[1], generator=generator)
-            group.use_float32()
-            plain += _time_product(group, values)
-            group.quantise()
-            whole += _time_product(group, values)
-            group.use_float32()
-    return plain / whole if whole else 0.0
-
-
-def _time_product(group: LinearGroup, values: Tensor) -> float:
-    """Seconds, the median after one run to warm up."""
-    seconds = []
-    for _ in range(1 + _TIMED_RUNS):
-        started = time.perf_counter()
-        group.forward(group.kernels.rows_of(values, group.wants))
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
-
-
 def _measure(layer: int, group: LinearGroup, seen: _Seen) -> GroupError:
     assert seen.inputs is not None
     weight, kernels = group.weight, group.kernels
     rows = kernels.rows_of(seen.inputs, Want(False, True))
-    output = _cosine(kernels.linear(rows, weight), seen.inputs @ weight.values.t())
+    output = cosine(kernels.linear(rows, weight), seen.inputs @ weight.values.t())
     gradient = None
     if seen.gradient is not None:
         rows = kernels.rows_of(seen.gradient, group.wants_gradient._replace(values=False))
-        gradient = _cosine(kernels.linear_backward(rows, weight), seen.gradient @ weight.values)
+        gradient = cosine(kernels.linear_backward(rows, weight), seen.gradient @ weight.values)
     return GroupError(layer, group.name, output, gradient)
 
 
-def _cosine(ours: Tensor, theirs: Tensor) -> float:
+def cosine(ours: Tensor, theirs: Tensor) -> float:
     return float(F.cosine_similarity(ours.flatten().double(), theirs.flatten().double(), 0))

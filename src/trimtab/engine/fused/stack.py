@@ -30,6 +30,7 @@ class LayerStack:
         self.layers = layers
         self.kernels = kernels
         self.groups = [group for layer in layers for group in layer.groups]
+        self.is_on = True  # off while layers compute by themselves, in another number format
         self.trained: int | None = None
         self.cache: PrefixCache | None = None
         self.checkpointing = False  # keep each layer's input only, and compute it again for its backward
@@ -38,7 +39,7 @@ class LayerStack:
 
     def fits(self) -> bool:
         """Read the adapters as they stand now; False where one is not plain LoRA in a layer's linears."""
-        if torch.is_autocast_enabled("cpu"):
+        if not self.is_on or torch.is_autocast_enabled("cpu"):
             return False
         try:
             for group in self.groups:
