@@ -107,7 +107,7 @@ class TrimtabContender:
         torch.manual_seed(self.study.seed)
         base = self.scorer.base
         self.peft_model = attach_adapter(base.model, self.study, base.new_modules)
-        prepare_adapted(self.peft_model, self.scorer.choice.forward)
+        self.scorer.choice = prepare_adapted(self.peft_model, self.scorer.choice)
         self.state = make_state(trainable_parameters(self.peft_model), self.study.weight_decay)
         # Half a text over the mean fills the batches to the peer's tokens on average.
         budget = round((self.batch_rows + 0.5) * mean_length(self.train))

@@ -36,7 +36,7 @@ def pack(examples: Sequence[Example], choice: Any) -> Batch:
 def adapt(model: Any, choice: Any, **settings: Any) -> Any:
     """peft's model, prepared as training does, in training mode."""
     peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0} | settings), [])
-    prepare_adapted(peft_model, choice.forward)
+    prepare_adapted(peft_model, choice)
     enliven(peft_model)
     set_adapter_training(peft_model, True)
     return peft_model

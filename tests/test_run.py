@@ -192,7 +192,7 @@ def test_the_head_starts_at_the_linear_probe(family, model_folder):
     weight = torch.randn(3, features.shape[1], generator=generator)
     probe = LinearProbe(weight, torch.randn(3, generator=generator) if has_bias else None, 1.0)
     peft_model = attach_adapter(base.model, build_study({}), base.new_modules)
-    prepare_adapted(peft_model, scorer.choice.forward)
+    scorer.choice = prepare_adapted(peft_model, scorer.choice)
     start_head_at_probe(base.model, probe)
     torch.testing.assert_close(scorer.score(encoded).outputs, probe.logits(features), atol=1e-4, rtol=1e-4)
 

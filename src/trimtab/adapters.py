@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,11 +19,12 @@ from trimtab.errors import ReloadError, SourceError
 from trimtab.evaluation.evaluate import Scorer, make_scorer, predict, record_system, scoring_cost
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.generation import continue_prompts
-from trimtab.models import load_base
+from trimtab.methods import WholeModel, get_method, virtual_tokens_of
+from trimtab.models import BaseModel, load_base
 from trimtab.precision import use_float32, use_trained_precision
 from trimtab.progress import Progress
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_file, write_folder, write_json, write_jsonl
-from trimtab.sources import fingerprint_model, locate_model
+from trimtab.sources import ModelSource, fingerprint_model, locate_model
 from trimtab.study_config import StudyConfig, build_study, read_study_file
 from trimtab.tasks import get_task
 from trimtab.tasks.causal_lm import prompt_of
@@ -34,16 +36,68 @@ RELOAD_TOLERANCE = 1e-4
 _SAMPLES, _PROMPT_TOKENS, _SAMPLE_TOKENS = 4, 32, 48
 
 
-def save_adapter(peft_model: Any, tokenizer: Any, trial: TrialFolder, facts: dict[str, Any]) -> int:
-    """Write adapter, head, tokenizer and facts as one folder; returns the weights' bytes."""
+def save_start(peft_model: Any, target: Path) -> None:
+    """Keep the adapter as it starts, where its start changed the base's weights (PiSSA), for `write_weights`."""
+    config: Any = getattr(peft_model, "active_peft_config", None)
+    start = getattr(config, "init_lora_weights", True)
+    if not str(start).startswith("pissa"):
+        return
 
     def write(folder: Path) -> None:
+        config.init_lora_weights = True  # or reading it back would take the base apart again
         peft_model.save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
+        config.init_lora_weights = start
+
+    write_folder(target, write)
+
+
+def save_adapter(peft_model: Any, base: BaseModel, trial: TrialFolder, facts: dict[str, Any]) -> int:
+    """Write adapter, head, tokenizer and facts as one folder; returns the weights' bytes.
+
+    An adapter that changed the base's weights at its start is saved as LoRA of twice its rank, on the base as it was.
+    """
+
+    def write(folder: Path) -> None:
+        write_weights(peft_model, base.new_modules, folder, trial.start if trial.start.is_dir() else None)
+        base.tokenizer.save_pretrained(folder)
         write_json(trial.facts_in(folder), facts)
 
     write_folder(trial.adapter, write)
     return sum(path.stat().st_size for path in trial.adapter.glob("*.safetensors"))
+
+
+def write_weights(peft_model: Any, new_modules: Sequence[str], folder: Path, start: Path | None = None) -> None:
+    """Adapter and head in peft's format.
+
+    Args:
+        start: where `save_start` kept the adapter, if it did.
+    """
+    conversion = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
+    peft_model.save_pretrained(folder, safe_serialization=True, **conversion)
+    _add_head(peft_model, new_modules, folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path) -> None:
+    """Write what was trained and peft left out: the head, with methods without `modules_to_save`, and with PiSSA.
+
+    Stock peft reads these weights, too, by their names.
+    """
+    config = getattr(peft_model, "active_peft_config", None)
+    if config is None:
+        return
+    if hasattr(config, "modules_to_save"):
+        saved = load_file(file)
+        left_out = {name: value for name, value in get_peft_model_state_dict(peft_model).items() if name not in saved}
+        if left_out:
+            save_file(saved | left_out, file, metadata={"format": "pt"})
+        return
+    head = {
+        name: parameter.detach().clone()
+        for name, parameter in peft_model.named_parameters()
+        if any(f".{module}." in name for module in new_modules)
+    }
+    if head:
+        save_file(load_file(file) | head, file, metadata={"format": "pt"})
 
 
 def save_logits(path: Path, logits: Tensor) -> None:
@@ -67,10 +121,15 @@ def load_scorer(study: StudyConfig, trial: TrialFolder, progress: Progress) -> t
             f"the adapter was trained on {facts['base_sha256'][:12]}…; give the base it was trained on"
         )
     task = get_task(facts["task"])
+    is_whole = not get_method(study.method).is_adapter
+    if is_whole:
+        source = ModelSource(study.model, str(trial.adapter), True)
     base = load_base(source, task.auto_class, facts["label_names"], study.seed)
-    scorer = make_scorer(task, base, study.max_length_tokens, progress)
+    scorer = make_scorer(task, base, study.max_length_tokens, progress, virtual_tokens_of(study))
+    if is_whole:
+        return scorer, WholeModel(base.model).eval()
     peft_model = PeftModel.from_pretrained(base.model, str(trial.adapter))
-    prepare_adapted(peft_model, scorer.choice.forward)
+    scorer.choice = prepare_adapted(peft_model, scorer.choice)
     peft_model.eval()
     return scorer, peft_model
 
@@ -105,11 +164,17 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
     )
     save_logits(trial.logits, scores.outputs)
     if not names:
-        write_samples(scorer, peft_model, rows, encoded, trial, progress)
+        write_samples(study, scorer, peft_model, rows, encoded, trial, progress)
 
 
 def write_samples(
-    scorer: Scorer, peft_model: Any, rows: Sequence[Row], encoded: EncodedRows, trial: TrialFolder, progress: Progress
+    study: StudyConfig,
+    scorer: Scorer,
+    peft_model: Any,
+    rows: Sequence[Row],
+    encoded: EncodedRows,
+    trial: TrialFolder,
+    progress: Progress,
 ) -> None:
     """What the base and the tuned model write after the beginnings of some test rows, side by side."""
     progress.stage("Writing samples, base and tuned")
@@ -118,14 +183,24 @@ def write_samples(
     examples = [encoded.examples[place] for place in firsts]
     prompts = [prompt_of(example, _PROMPT_TOKENS) for example in examples]
     tuned = continue_prompts(peft_model, tokenizer, prompts, _SAMPLE_TOKENS)
-    with peft_model.disable_adapter():
-        base = continue_prompts(peft_model, tokenizer, prompts, _SAMPLE_TOKENS)
+    base = _continue_with_base(study, scorer, peft_model, prompts, progress)
     found = []
     for row, example, prompt, ours, theirs in zip(rows, examples, prompts, tuned, base, strict=False):
         truth = example.input_ids[len(prompt) :][:_SAMPLE_TOKENS]
         texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, truth))
         found.append(dict(zip(("id", "prompt", "truth", "base", "tuned"), (row.id, *texts, theirs, ours), strict=True)))
     write_jsonl(trial.samples, found)
+
+
+def _continue_with_base(
+    study: StudyConfig, scorer: Scorer, peft_model: Any, prompts: Sequence[Sequence[int]], progress: Progress
+) -> list[str]:
+    tokenizer = scorer.base.tokenizer
+    if isinstance(peft_model, WholeModel):  # its base is gone
+        base = load_base(locate_model(study.model, progress), scorer.task.auto_class, [], study.seed)
+        return continue_prompts(base.model, tokenizer, prompts, _SAMPLE_TOKENS)
+    with peft_model.disable_adapter():
+        return continue_prompts(peft_model, tokenizer, prompts, _SAMPLE_TOKENS)
 
 
 def prove_reload(run: RunFolder, trial: TrialFolder, progress: Progress) -> dict[str, Any]:

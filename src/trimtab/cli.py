@@ -32,6 +32,8 @@ def _flag_type(annotation: Any) -> Any:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(annotation) if member is not type(None)]
         return members[0] if len(members) == 1 else str
+    if typing.get_origin(annotation) is dict:
+        return list[str]
     return str if typing.get_origin(annotation) is Literal else annotation
 
 
@@ -41,7 +43,7 @@ def _study_flags() -> list[inspect.Parameter]:
 
     parameters = []
     for name, field in StudyConfig.model_fields.items():
-        shown = "none" if field.default is None else field.default
+        shown = "none" if field.default is None or field.default_factory else field.default
         option = typer.Option(
             f"--{name.replace('_', '-')}", help=f"{field.description} [default: {shown}]", show_default=False
         )
@@ -97,6 +99,8 @@ def run(
     from trimtab.console import make_progress, show_comparison
     from trimtab.study_config import resolve_study
 
+    if options := settings.pop("method_options", None):
+        settings["method_options"] = dict(_name_and_value(option) for option in options)
     if settings.get("learning_rate", "auto") != "auto":
         settings["learning_rate"] = _number("learning_rate", settings["learning_rate"])
     resolved = resolve_study(study, settings)
@@ -108,6 +112,17 @@ def run(
         print(json.dumps(comparison, indent=1))
     else:
         show_comparison(comparison, resolved.run_folder)
+
+
+def _name_and_value(option: str) -> tuple[str, Any]:
+    import yaml
+
+    from trimtab.errors import StudyError
+
+    name, equals, value = option.partition("=")
+    if not equals:
+        raise StudyError(f"method_options: expected NAME=VALUE; received {option!r}")
+    return name.strip(), yaml.safe_load(value)
 
 
 def _number(name: str, value: str) -> float:
@@ -217,6 +232,38 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A fin
         raise InputError(f"{run_folder} holds no finished comparison; give the folder that `trimtab run` named")
     write_report(found)
     print(found.report_html)
+
+
+@app.command()
+def methods(
+    task: Annotated[str | None, typer.Option(help="Only this task, such as classification.")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Try everything again.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which PEFT methods work on which tasks and model families, tried on tiny models of the installed versions.
+
+    The first time takes about a minute; the answer is kept until a library changes.
+    """
+    from dataclasses import asdict
+
+    from trimtab.console import make_progress, show_support
+    from trimtab.errors import suggest
+    from trimtab.machine import set_threads
+    from trimtab.models import quiet_libraries
+    from trimtab.support import probe_all
+    from trimtab.tasks import TASKS
+
+    if task is not None and task not in TASKS:
+        raise InputError(f"no task is called {task!r}{suggest(task, TASKS)}; there are: {', '.join(TASKS)}")
+    quiet_libraries()
+    set_threads()
+    with make_progress(quiet) as progress:
+        found = [row for row in probe_all(progress, refresh=refresh) if task in (None, row.task)]
+    if as_json:
+        print(json.dumps([asdict(row) for row in found], indent=1))
+    else:
+        show_support(found)
 
 
 @app.command()

@@ -7,15 +7,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from trimtab.progress import Silent
 from trimtab.report.number_format import PERCENTAGES
 from trimtab.runs import SystemFolder, read_json
+
+if TYPE_CHECKING:
+    from trimtab.support import Support
 
 _SECONDS_BETWEEN_LINES = 15.0
 _VERDICT_STYLES = {"better": "bold green", "worse": "bold red", "inconclusive": "yellow"}
@@ -169,6 +173,35 @@ def show_metrics(folders: Sequence[SystemFolder]) -> None:
         record = read_json(folder.metrics)
         told = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
         out.print(f"{folder.name}: {told}")
+
+
+def show_support(found: Sequence[Support]) -> None:
+    """A table of methods by families for each task, and each reason once."""
+    from trimtab.methods import get_method
+
+    out = _output()
+    reasons: dict[str, set[str]] = {}
+    for task in dict.fromkeys(row.task for row in found):
+        rows = [row for row in found if row.task == task]
+        families = [family for family in dict.fromkeys(row.family for row in rows)
+                    if any(row.works for row in rows if row.family == family)]  # fmt: skip
+        table = Table(title=task.replace("_", " "), title_justify="left")
+        table.add_column("--method", no_wrap=True)
+        table.add_column("what it is")
+        for family in families:
+            table.add_column(family, justify="center", no_wrap=True)
+        for method in dict.fromkeys(row.method for row in rows):
+            works = {row.family: row for row in rows if row.method == method}
+            marks = ["[green]yes[/green]" if works[family].works else "[red]no[/red]" for family in families]
+            table.add_row(method, get_method(method).title, *marks)
+            for family in families:
+                if not works[family].works:
+                    reasons.setdefault(works[family].reason, set()).add(f"{method} on {family}")
+        out.print(table)
+    for reason, places in reasons.items():
+        out.print(f"[red]no[/red] {', '.join(sorted(places))}: {escape(reason)}", soft_wrap=True)
+    out.print("Any other method of the installed peft: --method NAME --method-options FIELD=VALUE. "
+              "A linear probe is part of every classification run.")  # fmt: skip
 
 
 def show_doctor(found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 TrimtabError
 ├── InputError            the input is wrong; nothing was started      exit 2
 │   ├── StudyError        a setting of the study
+│   │   └── MethodError   a method that cannot go into the model
 │   ├── SourceError       a model or data source cannot be had
 │   ├── DataError         rows, columns, labels
 │   └── RunFolderError    the run folder holds something else
@@ -29,6 +30,10 @@ class InputError(TrimtabError):
 
 
 class StudyError(InputError):
+    pass
+
+
+class MethodError(StudyError):
     pass
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from trimtab.engine.forward import use_stock_attention
+
 
 def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
     """What `model` writes after each prompt, up to its end of text; the likeliest token each time.
@@ -41,7 +43,7 @@ def _stock_attention(model: Any) -> Iterator[None]:
     """Padding and a cache are what transformers' own attention is for."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     packed = base.config._attn_implementation
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    use_stock_attention(base)
     try:
         yield
     finally:

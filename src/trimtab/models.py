@@ -47,6 +47,9 @@ def quiet_libraries() -> None:
 
     # peft still asks transformers for a name that is about to go; users can do nothing about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    for said in (".*Failed to load the CUDA extension", ".*boft_n_butterfly_factor", "Unsupported layer type",
+                 "Sparse invariant checks"):  # fmt: skip
+        warnings.filterwarnings("ignore", message=said, category=UserWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -114,6 +114,7 @@ class TrialFolder(SystemFolder):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.adapter = path / "adapter"
+        self.start = path / "start"  # the adapter as it started, where its start changed the base
         self.history = path / "history.jsonl"
         self.training = path / "training.json"
         self.trained_logits = path / "trained_logits.safetensors"

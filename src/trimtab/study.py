@@ -20,7 +20,7 @@ from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.job import EncodedSplits, Job
 from trimtab.machine import describe_machine, git_state, package_versions, set_threads
-from trimtab.methods import build_config, get_method
+from trimtab.methods import check_method, get_method, virtual_tokens_of
 from trimtab.models import build_without_weights, load_base, quiet_libraries
 from trimtab.precision import choose_precision
 from trimtab.progress import Progress, Silent
@@ -94,10 +94,10 @@ def check_model(source: ModelSource, study: StudyConfig, task: Task) -> None:
 
     Raises:
         SourceError: it has no model for the task, or its head is not one that is known.
-        StudyError: layers to adapt that it does not have.
+        StudyError: layers to adapt that it does not have, or a method that cannot go into it.
     """
     model = build_without_weights(source, task.auto_class)
-    build_config(model, study)
+    check_method(lambda: build_without_weights(source, task.auto_class), study)
     try:
         (final_linear if task.has_probe else readout_of)(model)
     except NotImplementedError as error:
@@ -110,7 +110,8 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     job.progress.stage(f"Loading {job.study.model}")
     with job.timed("load base"):
         base = load_base(job.source, job.task.auto_class, job.data.label_names, job.study.seed)
-        scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress)
+        reserved = virtual_tokens_of(job.study)
+        scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress, reserved)
         precision = choose_precision(job.study.precision, scorer.choice.forward, job.progress)
         base_sha256 = fingerprint_model(job.source)
         facts = {

@@ -52,10 +52,20 @@ class StudyConfig(BaseModel):
     max_train_rows: int | None = Field(None, ge=2, description="Use at most this many training rows (seeded).")
     max_validation_rows: int | None = Field(None, ge=2, description="At most this many validation rows.")
     max_test_rows: int | None = Field(None, ge=2, description="At most this many test rows.")
-    method: str = Field("lora", description="PEFT method: lora, rslora, dora or ia3.")
-    r: int = Field(8, ge=1, le=1024, description="Rank of the adapter.")
-    lora_alpha: int = Field(16, ge=1, description="LoRA's scale is lora_alpha / r.")
-    lora_dropout: float = Field(0.05, ge=0.0, lt=1.0, description="Dropout on the adapter's input.")
+    method: str = Field("lora", description="PEFT method, such as lora, dora or ia3; `trimtab methods` shows them all.")
+    r: int | None = Field(
+        None, ge=1, le=1024, description="Rank of the adapter; the method's own default if missing (LoRA: 8)."
+    )
+    lora_alpha: int | None = Field(
+        None, ge=1, description="LoRA's scale is lora_alpha / r; the method's own default if missing (LoRA: 16)."
+    )
+    lora_dropout: float | None = Field(
+        None, ge=0.0, lt=1.0, description="Dropout on LoRA's input; the method's own default if missing (LoRA: 0.05)."
+    )
+    method_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any other field of the method's peft config, as NAME=VALUE; repeat the flag for several.",
+    )
     target_modules: str = Field(
         "auto", description="Layers to adapt: auto, all-linear, or names such as q_proj,v_proj."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.adapters import save_adapter, save_logits
+from trimtab.adapters import save_adapter, save_logits, save_start
 from trimtab.cache import cache_folder
 from trimtab.engine.batches import Batch, TrainingPlan
 from trimtab.engine.checkpointing import checkpoint_layers, kept_bytes, should_checkpoint
@@ -32,7 +33,7 @@ from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
 from trimtab.job import EncodedSplits
 from trimtab.machine import package_versions
-from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of
+from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of, make_schedule
 from trimtab.precision import describe_precision, use_float32, use_precision
 from trimtab.progress import Progress
 from trimtab.runs import TrialFolder, write_json, write_jsonl
@@ -59,17 +60,16 @@ def tune(
     method = get_method(study.method)
     progress.stage(f"Tuning with {method.title}, seed {study.seed}")
     torch.manual_seed(study.seed)
-    peft_model = attach_adapter(scorer.base.model, study, scorer.base.new_modules)
-    prepare_adapted(peft_model, scorer.choice.forward)
-    if probe is not None:
-        start_head_at_probe(scorer.base.model, probe)
+    peft_model = start_adapter(study, scorer, data.train, probe, trial, progress)
     trainable, total = _tell_parameters(peft_model, progress)
 
-    state = make_state(trainable_parameters(peft_model), study.weight_decay)
     plan = TrainingPlan(
         scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs,
         study.gradient_accumulation_steps,
     )  # fmt: skip
+    schedule = make_schedule(method, peft_model, len(plan))
+    rates = method.rates or (lambda name: 1.0)
+    state = make_state(trainable_parameters(peft_model), study.weight_decay, rates, schedule)
     checkpointing = choose_checkpointing(study, scorer, data.train, plan, progress)
     errors = use_precision(
         precision, scorer.task, scorer.choice.forward, scorer.first_batch(data.train), progress, training=True
@@ -78,8 +78,10 @@ def tune(
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
     use_float32(scorer.choice.forward)
+    if schedule is not None:
+        schedule.finish()
 
-    adapter_bytes = save_adapter(peft_model, scorer.base.tokenizer, trial, facts)
+    adapter_bytes = save_adapter(peft_model, scorer.base, trial, facts)
     write_jsonl(trial.history, state.history)
     write_json(
         trial.training,
@@ -97,6 +99,26 @@ def tune(
         )
     progress.stage("Scoring what was trained, to be held against its reload")
     save_logits(trial.trained_logits, scorer.score(data.test, progress).outputs)
+
+
+def start_adapter(
+    study: StudyConfig,
+    scorer: Scorer,
+    train: EncodedRows,
+    probe: LinearProbe | None,
+    trial: TrialFolder,
+    progress: Progress,
+) -> Any:
+    """The scorer's base with its adapter around it, ready for training, the head at the probe."""
+    commonest = Counter(token for example in train.examples for token in example.input_ids)
+    base = scorer.base
+    tokens = [token for token, _ in commonest.most_common()]
+    peft_model = attach_adapter(base.model, study, base.new_modules, tokens, progress)
+    save_start(peft_model, trial.start)
+    scorer.choice = prepare_adapted(peft_model, scorer.choice)
+    if probe is not None:
+        start_head_at_probe(base.model, probe)
+    return peft_model
 
 
 def _tell_parameters(peft_model: Any, progress: Progress) -> tuple[int, int]:
@@ -235,17 +257,17 @@ def describe_training(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """What the report says about how this trial was trained."""
-    config = peft_model.peft_config["default"]
+    config = getattr(peft_model, "active_peft_config", None)
     return {
-        "title": f"{get_method(study.method).title.split(' (')[0]}, tuned",
+        "title": f"{get_method(study.method).short_title}, tuned",
         "label_names": facts["label_names"],
         "ending": ending,
         "steps": state.step,
         "planned_steps": len(plan),
         "best_step": state.best_step,
         "learning_rate": learning_rate_of(study, peft_model),
-        "target_modules": sorted(config.target_modules) if config.target_modules else [],
-        "modules_to_save": sorted(set(config.modules_to_save or [])),
+        "target_modules": sorted(getattr(config, "target_modules", None) or []),
+        "modules_to_save": sorted(set(getattr(config, "modules_to_save", None) or [])),
         "forward": scorer.choice.forward.name,
         "forward_reason": scorer.choice.reason,
     }

@@ -162,7 +162,7 @@ def test_losses_and_gradients_are_the_stock_models(tiny_model, family):
     targets = "all-linear" if family == "gpt_neo" else "auto"
     study = build_study({"task": "causal_lm", "lora_dropout": 0.0, "target_modules": targets})
     peft_model = attach_adapter(model, study, [])
-    prepare_adapted(peft_model, choice.forward)
+    prepare_adapted(peft_model, choice)
     with torch.no_grad():
         for name, parameter in trainable_parameters(peft_model).items():
             if "lora_B" in name:

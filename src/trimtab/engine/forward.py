@@ -18,7 +18,14 @@ from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import LayerStack, build_stack
 from trimtab.engine.last_layer import only_rows
 from trimtab.tasks.examples import Example
-from trimtab.tasks.heads import backbone_of, final_linear, is_language_model, logits_from_pooled, pools_last_token
+from trimtab.tasks.heads import (
+    backbone_of,
+    final_linear,
+    is_language_model,
+    logits_from_pooled,
+    pools_first_token,
+    pools_last_token,
+)
 
 # Largest difference in logits between a packed and a lone text that counts as equal: of 1, or of the largest logit,
 # since language models' are in the tens.
@@ -67,6 +74,37 @@ class PaddedForward:
         if getattr(self.model.config, "use_cache", False):
             inputs["use_cache"] = False
         return inputs
+
+
+class PromptForward(PaddedForward):
+    """Prompt, prefix and P-tuning: peft puts virtual tokens before each text, so texts are padded, never packed."""
+
+    name = "padded with virtual tokens"
+
+    def __init__(self, peft_model: Any) -> None:
+        super().__init__(peft_model.get_base_model())
+        self.peft_model = peft_model
+        # A stock encoder's head reads the first position, even where that is a virtual token's.
+        self.reads_first = pools_first_token(self.model)
+
+    def states(self, batch: Batch) -> Tensor:
+        caught: list[Tensor] = []
+        backbone = backbone_of(self.model)
+        handle = backbone.register_forward_hook(lambda _, inputs, output: caught.append(output[0]))
+        keep = {"logits_to_keep": 1} if is_language_model(self.model) else {}  # the task's own loss does without
+        try:
+            self.peft_model(**self._inputs(batch), **keep)
+        finally:
+            handle.remove()
+        longest = batch.input_ids.shape[1]
+        texts = batch.pooled // longest
+        places = batch.pooled % longest
+        if not self.reads_first:
+            places = places + caught[0].shape[1] - longest  # the virtual tokens are at the beginning
+        return caught[0][texts, places]
+
+    def logits(self, batch: Batch) -> Tensor:
+        return logits_from_pooled(self.model, self.states(batch))
 
 
 class PackedForward:
@@ -156,6 +194,11 @@ def choose_forward(model: Any, pad_token_id: int, max_length_tokens: int, type_i
         return Choice(PackedForward(model), offset, "")
     model.set_attn_implementation(stock)
     return Choice(PaddedForward(model), 0, reason)
+
+
+def use_stock_attention(model: Any) -> None:
+    """Let the model attend as transformers does: padding and caches are what that is for."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 def _position_offset(model: Any) -> int:

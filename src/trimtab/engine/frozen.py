@@ -107,10 +107,13 @@ def _is_frozen(layer: nn.Module) -> bool:
 
 def freeze_linears(model: nn.Module) -> int:
     """Replace every frozen linear of `model` in place; returns how many."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from transformers.pytorch_utils import Conv1D
 
     replaced = 0
     for parent in list(model.modules()):
+        if isinstance(parent, TrainableTokensLayer):  # a head tied to trained embeddings: peft asks for its very class
+            continue
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, Conv1D) and _is_frozen(child):
                 layer: Any = child

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engine.batches import Batch, TrainingPlan
-from trimtab.engine.state import TrainingState
+from trimtab.engine.state import Schedule, TrainingState
 
 Ending = Literal["finished", "early_stop", "not_finite"]
 
@@ -40,14 +40,26 @@ class LoopSettings:
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_state(parameters: dict[str, nn.Parameter], weight_decay: float) -> TrainingState:
-    """AdamW (Loshchilov & Hutter 2019) over `parameters`; biases and norms do not decay."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+def make_state(
+    parameters: dict[str, nn.Parameter],
+    weight_decay: float,
+    rates: Callable[[str], float] = lambda name: 1.0,
+    schedule: Schedule | None = None,
+) -> TrainingState:
+    """AdamW (Loshchilov & Hutter 2019) over `parameters`; biases and norms do not decay.
+
+    Args:
+        rates: a parameter's factor of the learning rate, by its name.
+        schedule: what the method does beside the optimizer.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((parameter.ndim > 1, rates(name)), []).append(parameter)
+    settings: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, "rate_factor": factor}
+        for (decays, factor), members in groups.items()
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
-    return TrainingState(parameters, optimizer)
+    return TrainingState(parameters, torch.optim.AdamW(settings, lr=0.0, fused=True), schedule=schedule)
 
 
 def train(
@@ -108,14 +120,18 @@ def _step(
         share = compute_loss(part) * (len(part.labels) / positions)
         share.backward()  # type: ignore[no-untyped-call]
         loss += float(share.detach())
+    if state.schedule is not None:
+        state.schedule.penalty().backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(float(norm))):
         return None
     rate = settings.rate_at(state.step, len(plan))
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
     state.optimizer.step()
     state.step += 1
+    if state.schedule is not None:
+        state.schedule.after_step(state.step)
     state.tokens += sum(part.tokens for part in parts)
     return {"loss": loss, "grad_norm": float(norm), "learning_rate": rate}
 

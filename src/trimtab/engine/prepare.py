@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.engine.forward import Forward, PackedForward
+from trimtab.engine.forward import Choice, PackedForward, PromptForward, use_stock_attention
 from trimtab.engine.frozen import freeze_linears
 from trimtab.engine.last_layer import limit_last_layer
 from trimtab.engine.lora import speed_up_lora
 
 
-def prepare_adapted(peft_model: Any, forward: Forward) -> None:
+def prepare_adapted(peft_model: Any, choice: Choice) -> Choice:
     """Freeze the base's linears, then speed up LoRA and the last layer where they have a known build.
 
     Call it once peft has attached its layers: each path replaces or hooks what the one before left.
+
+    Returns:
+        The forward to go on with: the base's, unless the method puts tokens of its own before each text.
     """
+    config = getattr(peft_model, "active_peft_config", None)
     freeze_linears(peft_model)
+    if config is not None and config.is_prompt_learning:
+        use_stock_attention(peft_model.get_base_model())
+        return Choice(PromptForward(peft_model), 0, "virtual tokens stand before each text")
     speed_up_lora(peft_model)
-    if isinstance(forward, PackedForward):
-        forward.limited = limit_last_layer(forward.model)
+    if isinstance(choice.forward, PackedForward):
+        choice.forward.limited = limit_last_layer(choice.forward.model)
+    return choice

@@ -8,10 +8,26 @@ state so far.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Schedule(Protocol):
+    """A method's own term of the loss, and its work after each step."""
+
+    def penalty(self) -> Tensor:
+        """A scalar to add to the loss of each step."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Called with the gradients of the step still there; `step` counts from 1."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -27,6 +43,7 @@ class TrainingState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     validations_since_best: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    schedule: Schedule | None = None  # what the method does beside the optimizer
 
     _NUMBERS = ("step", "tokens", "seconds", "best_step", "best_score", "best_loss", "validations_since_best")
 
@@ -57,6 +74,7 @@ class TrainingState:
             "best_weights": {name: weight.clone() for name, weight in self.best_weights.items()},
             "optimizer": _copy(self.optimizer.state_dict()),
             "history": [dict(entry) for entry in self.history],
+            "schedule": _copy(self.schedule.state_dict()) if self.schedule is not None else None,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -69,6 +87,8 @@ class TrainingState:
         self.best_weights = {name: weight.clone() for name, weight in state["best_weights"].items()}
         self.optimizer.load_state_dict(_copy(state["optimizer"]))
         self.history = [dict(entry) for entry in state["history"]]
+        if self.schedule is not None:
+            self.schedule.load_state_dict(_copy(state["schedule"]))
         torch.set_rng_state(state["random"])
         if state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])

@@ -57,9 +57,15 @@ class Scorer:
             return score_rows(compute, collator, self.base.device, features=caught, progress=progress)
 
 
-def make_scorer(task: Task, base: BaseModel, max_length_tokens: int, progress: Progress) -> Scorer:
-    """Choose the forward by probing the loaded base; says which and why where it is not the packed one."""
-    usable = usable_length(base.model, max_length_tokens)
+def make_scorer(
+    task: Task, base: BaseModel, max_length_tokens: int, progress: Progress, reserved_tokens: int = 0
+) -> Scorer:
+    """Choose the forward by probing the loaded base; says which and why where it is not the packed one.
+
+    Args:
+        reserved_tokens: positions that the method's own tokens will take; texts are cut for every system alike.
+    """
+    usable = usable_length(base.model, max_length_tokens + reserved_tokens) - reserved_tokens
     if usable < max_length_tokens:
         progress.note(f"this model reads at most {usable} tokens, so texts are cut there")
         max_length_tokens = usable

@@ -24,6 +24,11 @@ def pools_last_token(model: Any) -> bool:
     return hasattr(model, "score")
 
 
+def pools_first_token(model: Any) -> bool:
+    """Whether the head reads one token of a text, its first."""
+    return type(model).__name__.endswith("ForSequenceClassification") and not pools_last_token(model)
+
+
 def is_language_model(model: Any) -> bool:
     """Whether the head names the next token."""
     if pools_last_token(model) or hasattr(model, "classifier"):
@@ -44,7 +49,9 @@ def readout_of(model: Any) -> Readout:
     config = model.config.get_text_config()
     # Granite divides by logits_scaling, Cohere multiplies by logit_scale; Gemma caps.
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Readout(weight, getattr(head, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    adapted = head if hasattr(head, "base_layer") else None  # peft's layers have one
+    return Readout(weight, getattr(head, "bias", None), float(scale), softcap, adapted)
 
 
 def logits_from_pooled(model: Any, pooled: Tensor) -> Tensor:

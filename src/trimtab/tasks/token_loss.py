@@ -28,9 +28,10 @@ class Readout(NamedTuple):
     bias: Tensor | None
     scale: float
     softcap: float | None
+    adapted: Any = None  # the head itself, where an adapter is around it and its weight does not tell all
 
     def logits(self, states: Tensor) -> Tensor:
-        logits = F.linear(states, self.weight, self.bias)
+        logits = F.linear(states, self.weight, self.bias) if self.adapted is None else self.adapted(states)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -38,7 +39,8 @@ class Readout(NamedTuple):
 
 def mean_token_loss(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
-    if states.requires_grad and not (readout.weight.requires_grad or _trains(readout.bias)):
+    is_frozen = readout.adapted is None and not (readout.weight.requires_grad or _trains(readout.bias))
+    if states.requires_grad and is_frozen:
         frozen: Tensor = _FrozenReadout.apply(states, readout, labels)  # type: ignore[no-untyped-call]
         return frozen
 

@@ -211,7 +211,7 @@ def test_an_adapter_outside_of_the_layers_is_trained_too(tiny_model, family, tar
     choice = choose_forward(model, 0, 64, False)
     assert choice.forward.stack is not None
     peft_model = attach_adapter(model, build_study({"lora_dropout": 0.0, "target_modules": target}), [])
-    prepare_adapted(peft_model, choice.forward)
+    prepare_adapted(peft_model, choice)
     assert not choice.forward.stack.fits()
     batch = pack(make_examples(model), choice)
     found = results(peft_model, choice.forward.logits(batch), batch.labels)

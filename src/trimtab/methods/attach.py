@@ -1,0 +1,232 @@
+"""A study's adapter: its peft config, checked against the model, and put around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from trimtab.errors import MethodError, StudyError, suggest
+from trimtab.methods.sizes import fit_size
+from trimtab.methods.table import METHODS, Method, get_method
+from trimtab.methods.targets import (
+    check_layers,
+    feedforward_among,
+    find_layers,
+    find_target_modules,
+    has_conv1d,
+    linears_in_layers,
+)
+from trimtab.methods.whole_model import WholeModel
+from trimtab.progress import Progress, Silent
+from trimtab.study_config import StudyConfig
+from trimtab.tasks import get_task
+
+# The model on which the methods' rates were chosen (MiniLM-L6).
+_RATED_WIDTH, _RATED_LAYERS = 384, 6
+# Models of billions of parameters learn at 1e-4 (Hu et al. 2021, tables 11 and 12), a twentieth of LoRA's rate here.
+_LEAST_SCALE = 0.05
+# Embeddings that `trainable_tokens` trains where none are named.
+_TRAINED_TOKENS = 200
+
+
+def learning_rate_of(study: StudyConfig, model: Any) -> float:
+    """The study's rate; `auto` is the method's, which was chosen on a small model, less for wide and deep ones.
+
+    Adam's best rate falls as 1 / width (Yang et al. 2022, "Tensor Programs V", table 3); that it falls
+    with the depth as well was measured (docs/decisions.md, 31).
+    """
+    if study.learning_rate != "auto":
+        return study.learning_rate
+    config = model.config.get_text_config()
+    scale: float = _RATED_WIDTH / config.hidden_size * _RATED_LAYERS / config.num_hidden_layers
+    return get_method(study.method).learning_rate * min(1.0, max(_LEAST_SCALE, scale))
+
+
+def build_config(
+    model: Any, study: StudyConfig, token_ids: Sequence[int] = (), progress: Progress | None = None
+) -> Any:
+    """The peft config of the study on `model`, of which names and shapes are enough; None for full fine-tuning.
+
+    Args:
+        token_ids: the commonest tokens, for `trainable_tokens`; stand-ins if there are none.
+
+    Raises:
+        StudyError: settings that the method does not have, modules or layers that the model does not have,
+            or sizes that suit none of its layers.
+    """
+    method = get_method(study.method)
+    targets = find_target_modules(model, study.target_modules, method)
+    layers = find_layers(model, study.layers_to_transform)
+    options = _options(method, study)
+    if not method.is_adapter:
+        if layers is not None:
+            raise StudyError(f"layers_to_transform: {method.title} trains every layer; leave it at all")
+        return None
+    config_class = config_class_of(method)
+    fields = {part.name: part for part in dataclasses.fields(config_class)}
+    for name in study.method_options:
+        if name not in fields:
+            raise StudyError(f"method_options: {method.name} has no {name!r}{suggest(name, fields)}; "
+                             f"it has: {', '.join(sorted(fields))}")  # fmt: skip
+    if targets is not None:
+        options["target_modules"] = targets
+    options |= _filled_in(method, model, targets, token_ids, options)
+    options |= study.method_options
+    if method.size is not None:
+        options.setdefault(method.size.field, fields[method.size.field].default)
+    note = fit_size(method, options, model, targets)
+    if note and progress is not None:
+        progress.note(note)
+    try:
+        config = config_class(task_type=get_task(study.task).peft_type, **options)
+    except (TypeError, ValueError) as error:
+        raise StudyError(f"{method.name}: peft refuses these settings: {error}") from error
+    return config if layers is None else _limit_to_layers(config, model, layers, method)
+
+
+def _options(method: Method, study: StudyConfig) -> dict[str, Any]:
+    """The row's options, with the study's settings over them."""
+    options = dict(method.options)
+    for setting in ("r", "lora_alpha", "lora_dropout"):
+        value = getattr(study, setting)
+        if value is None:
+            continue
+        if setting in method.settings:
+            options[method.settings[setting]] = value
+        elif value:  # no dropout is what a method without dropout does
+            having = ", ".join(name for name, row in METHODS.items() if setting in row.settings)
+            raise StudyError(f"{setting}: {method.short_title} has none; leave it out, or use one of: {having}")
+    return options
+
+
+def _filled_in(
+    method: Method, model: Any, targets: list[str] | str | None, token_ids: Sequence[int], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a config needs to know of the model, where peft does not find it by itself."""
+    config = model.config.get_text_config()
+    if method.name == "ia3":
+        return {"feedforward_modules": feedforward_among(targets) if isinstance(targets, list) else []}
+    if method.name == "adalora":  # the plan of the training is not known yet: `make_schedule` sets its steps
+        return {"total_step": 100, "init_r": options["target_r"] * 3 // 2 + 1}
+    if method.name == "trainable_tokens":
+        return {"token_indices": sorted(token_ids or range(min(_TRAINED_TOKENS, config.vocab_size)))}
+    if method.name == "adaption_prompt":  # all but the lowest layers (Zhang et al. 2023, section 3.1)
+        return {"adapter_layers": max(1, config.num_hidden_layers - 2)}
+    if "num_virtual_tokens" in options and "hidden_size" not in config.to_dict() and hasattr(config, "dim"):
+        return {"token_dim": config.hidden_size, "num_layers": config.num_hidden_layers,
+                "num_attention_heads": config.num_attention_heads}  # fmt: skip
+    return {}
+
+
+def _limit_to_layers(config: Any, model: Any, layers: list[int], method: Method) -> Any:
+    if not hasattr(config, "layers_to_transform"):
+        raise StudyError(f"layers_to_transform: {method.title} goes to all layers; leave it at all, or use lora")
+    if isinstance(config.target_modules, str):  # peft does not count layers where it takes all linears itself
+        config.target_modules = set(linears_in_layers(model))
+    check_layers(model, layers)
+    config.layers_to_transform = layers
+    return config
+
+
+def config_class_of(method: Method) -> Any:
+    """peft's config class of a method that is an adapter."""
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)]
+
+
+def attach_adapter(
+    model: Any,
+    study: StudyConfig,
+    new_modules: Sequence[str],
+    token_ids: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> Any:
+    """Wrap `model` in the study's adapter; `new_modules` (the head) are trained and saved with it.
+
+    Returns peft's model for the study's task, or a `WholeModel` where all weights are to be trained.
+
+    Raises:
+        StudyError: the method cannot go into this model, with peft's reason and the methods that can.
+    """
+    from peft import get_peft_model
+
+    config = build_config(model, study, token_ids[:_TRAINED_TOKENS], progress or Silent())
+    if config is None:
+        return WholeModel(model)
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = has_conv1d(model)
+    if hasattr(config, "modules_to_save"):
+        config.modules_to_save = sorted({name.rpartition(".")[2] for name in new_modules}) or None
+        return _wrap(get_peft_model, model, config, study)
+    if config.task_type == "TOKEN_CLS":
+        config.task_type = None  # peft's class for the task takes no method without modules_to_save
+    peft_model = _wrap(get_peft_model, model, config, study)
+    for name in new_modules:  # trained all the same; `save_adapter` writes them
+        model.get_submodule(name).requires_grad_(True)
+    return peft_model
+
+
+def _wrap(get_peft_model: Any, model: Any, config: Any, study: StudyConfig) -> Any:
+    try:
+        return get_peft_model(model, config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MethodError(f"{study.method} cannot go into {type(model).__name__}: {first_sentence(error)}") from error
+
+
+def check_method(build_model: Callable[[], Any], study: StudyConfig) -> Any:
+    """Refuse a method that cannot go into a model, before the model's weights are read.
+
+    Args:
+        build_model: gives the model on the meta device, anew each time.
+
+    Returns:
+        The adapted model on the meta device; None where peft needs weights to make it.
+
+    Raises:
+        StudyError: settings that the method or the model does not have.
+        MethodError: peft cannot put the method into the model; names those that it can.
+    """
+    try:
+        return _attach_without_weights(build_model(), study)
+    except MethodError as error:
+        working = []
+        for name in METHODS:
+            try:
+                _attach_without_weights(build_model(), study.model_copy(update={"method": name, "method_options": {}}))
+            except StudyError:
+                continue
+            working.append(name)
+        raise MethodError(f"{error}; what can: {', '.join(working)}") from error
+
+
+def _attach_without_weights(model: Any, study: StudyConfig) -> Any:
+    try:
+        with torch.device("meta"):
+            peft_model = attach_adapter(model, study, [])
+            config = getattr(peft_model, "active_peft_config", None)
+            if config is not None and config.is_prompt_learning:  # whether it fits shows only when it computes
+                ids = torch.zeros(1, 4, dtype=torch.long)
+                peft_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except ValueError as error:
+        raise MethodError(f"{study.method} cannot go into {type(model).__name__}: {first_sentence(error)}") from error
+    except (NotImplementedError, RuntimeError):  # a value is asked for that only weights have
+        return None
+    return peft_model
+
+
+def virtual_tokens_of(study: StudyConfig) -> int:
+    """Tokens that the method puts before each text, which take positions of the model."""
+    name = "num_virtual_tokens"
+    return int(study.method_options.get(name, get_method(study.method).options.get(name, 0)))
+
+
+def first_sentence(error: Exception) -> str:
+    """What an error of peft says, in one line."""
+    lines = str(error).split("\n")
+    said = lines[0].split(". ")[0].rstrip(".") if lines[0] else type(error).__name__
+    return said if len(said) <= 160 else said[:157] + "…"

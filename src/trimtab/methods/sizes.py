@@ -1,0 +1,44 @@
+"""Ranks and block sizes that suit the layers they go to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.errors import StudyError
+from trimtab.methods.table import Method
+from trimtab.methods.targets import is_linear, modules_called
+
+
+def fit_size(method: Method, options: dict[str, Any], model: Any, targets: Sequence[str] | str | None) -> str | None:
+    """The largest size up to the wanted one that every adapted layer takes, set in `options`; says so where it is less.
+
+    Raises:
+        StudyError: no size does.
+    """
+    if method.size is None or targets is None:
+        return None
+    field, allows = method.size
+    wanted = int(options[field])
+    shapes = _shapes(model, targets)
+    fitting = (value for value in range(wanted, 0, -1) if all(allows(value, *shape) for shape in shapes))
+    found = next(fitting, None)
+    if found is None:
+        shape = " and ".join(f"{inputs} to {outputs}" for inputs, outputs in sorted(shapes)[:3])
+        raise StudyError(
+            f"{method.name}: no {field} up to {wanted} suits layers from {shape}; choose other --target-modules"
+        )
+    options[field] = found
+    return None if found == wanted else f"{method.name}: {field} {wanted} does not suit these layers; {found} does"
+
+
+def _shapes(model: Any, targets: Sequence[str] | str) -> set[tuple[int, int]]:
+    """(inputs, outputs) of the linears to adapt."""
+    modules = dict(model.named_modules()) if isinstance(targets, str) else modules_called(model, targets)
+    return {shape_of(module) for module in modules.values() if is_linear(module)}
+
+
+def shape_of(linear: Any) -> tuple[int, int]:
+    """(inputs, outputs), whichever way the weight is stored."""
+    outputs, inputs = linear.weight.shape
+    return (outputs, inputs) if hasattr(linear, "nf") else (inputs, outputs)

@@ -1,0 +1,135 @@
+"""Whole runs with the methods that train, save or reload in a way of their own."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from samples import run_trimtab, write_reviews, write_tales
+from trimtab.cli import app
+from trimtab.errors import MethodError, StudyError
+from trimtab.methods import build_config, check_method
+from trimtab.study import run_study
+from trimtab.study_config import build_study
+from trimtab.support import build_tiny_model, probe_all
+from trimtab.tasks import get_task
+
+
+@pytest.mark.parametrize(
+    ("method", "task"),
+    [
+        ("prefix_tuning", "classification"),
+        ("adaption_prompt", "classification"),
+        ("adalora", "classification"),
+        ("pissa", "classification"),
+        ("hira", "classification"),  # no row of the table
+        ("trainable_tokens", "causal_lm"),
+        ("full", "causal_lm"),
+    ],
+)
+def test_ends_with_a_full_comparison(tmp_path, model_folder, method, task):
+    if task == "classification":
+        model, data = model_folder("llama"), write_reviews(tmp_path / "reviews.csv")
+    else:
+        model, data = model_folder("llama", "AutoModelForCausalLM"), write_tales(tmp_path / "tales.jsonl")
+    study = build_study(
+        {"model": str(model), "train_data": str(data), "task": task, "method": method, "num_train_epochs": 2,
+         "tokens_per_batch": 256, "max_length_tokens": 32, "out": str(tmp_path / "run")}
+    )  # fmt: skip
+    comparison = run_study(study)
+    assert comparison["reload"]["passed"]
+    tuned = next(system for system in comparison["systems"] if system["kind"] == "tuned")
+    assert tuned["name"] == f"{method}-s0"
+    assert tuned["cost"]["trainable_parameters"] > 0
+    assert comparison["contrasts"]
+
+
+def test_what_cannot_work_is_refused_with_what_can(tmp_path, model_folder, reviews):
+    done = run_trimtab("run", "--model", model_folder("gpt2"), "--train-data", reviews, "--method", "loha",
+                       "--out", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 2
+    assert "loha cannot go into GPT2ForSequenceClassification: Target module of type" in done.stderr
+    assert "what can: lora, rslora, dora, pissa, loraplus, adalora, ia3, vera, fourierft" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "ia3", "r": 8}, r"r: \(IA\)3 has none; leave it out, or use one of: lora, rslora"),
+        (
+            {"method": "lora", "method_options": {"use_dorra": True}},
+            r"lora has no 'use_dorra'; did you mean 'use_dora'\?",
+        ),
+        ({"method": "prompt_tuning", "target_modules": "q_proj"}, "prompt tuning goes into no layer"),
+        ({"method": "full", "layers_to_transform": "upper-half"}, "trains every layer; leave it at all"),
+        ({"method": "c3a", "method_options": {"block_size": 0}}, "no block_size up to 0 suits layers from 32 to 16"),
+        ({"method": "linear_probe"}, "every classification run scores it"),
+        ({"method": "lorra"}, r"unknown method 'lorra'; did you mean 'lora'\?"),
+    ],
+)
+def test_settings_that_a_method_does_not_have(settings, said):
+    with pytest.raises(StudyError, match=said):
+        check_method(lambda: build_on_meta("Llama"), build_study(settings))
+
+
+def build_on_meta(family):
+    with torch.device("meta"):
+        return build_tiny_model(get_task("classification"), family)
+
+
+def test_prefix_tuning_needs_a_cache_before_weights_are_read():
+    with pytest.raises(MethodError, match=r"does not support past key values.*what can: lora"):
+        check_method(lambda: build_on_meta("DistilBERT"), build_study({"method": "prefix_tuning"}))
+
+
+class Counts:
+    def __init__(self):
+        self.tried = 0
+
+    def stage(self, title):
+        pass
+
+    def note(self, text):
+        pass
+
+    def advance(self, done, total, unit, **figures):
+        self.tried = done
+
+
+def test_what_was_probed_is_remembered_by_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    monkeypatch.setattr("trimtab.support.METHODS", ("lora", "loha"))
+    first, again, other = Counts(), Counts(), Counts()
+    found = probe_all(first)
+    assert first.tried == len(found) > 0
+    assert probe_all(again) == found
+    assert again.tried == 0
+    monkeypatch.setattr("trimtab.support.package_versions", lambda: {"peft": "0"})
+    assert probe_all(other) == found
+    assert other.tried == len(found)
+
+
+def test_sizes_that_do_not_fit_are_fitted_with_a_note():
+    notes = []
+    counts = Counts()
+    counts.note = notes.append
+    study = build_study({"method": "oft", "method_options": {"oft_block_size": 12}})
+    config = build_config(build_on_meta("Llama"), study, progress=counts)
+    assert config.oft_block_size == 8
+    assert notes == ["oft: oft_block_size 12 does not suit these layers; 8 does"]
+
+
+def test_methods_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_HOME", str(tmp_path))
+    shown = CliRunner().invoke(app, ["methods", "--task", "classification"], env={"COLUMNS": "160"})
+    assert shown.exit_code == 0, shown.output
+    assert "GPT-2" in shown.output
+    assert "loha on GPT-2" in shown.output
+    assert "Conv1D" in shown.output
+    rows = json.loads(CliRunner().invoke(app, ["methods", "--json", "--quiet"]).stdout)
+    refused = {row["method"] for row in rows if row["family"] == "GPT-2" and not row["works"]}
+    assert refused == {"loha", "lokr", "oft", "boft", "hra", "c3a", "shira", "road", "miss"}
+    takes = {row["family"] for row in rows if row["method"] == "adaption_prompt" and row["works"]}
+    assert takes == {"Llama", "Mistral", "GPT-2"}
