@@ -24,8 +24,7 @@ from trimtab.engine.frozen import NumberFormat, set_adapter_training, trainable_
 from trimtab.engine.loop import make_state
 from trimtab.engine.memory import keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
-from trimtab.evaluation.baselines import fit_linear_probe
-from trimtab.evaluation.evaluate import make_scorer
+from trimtab.evaluation.evaluate import fit_probe, make_scorer
 from trimtab.methods import attach_adapter, learning_rate_of
 from trimtab.models import load_base, quiet_libraries
 from trimtab.precision import use_float32, use_precision
@@ -34,7 +33,6 @@ from trimtab.sources import locate_model
 from trimtab.study_config import StudyConfig, build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import EncodedRows
-from trimtab.tasks.heads import final_linear
 from trimtab.tuning import run_loop, start_head_at_probe
 
 WARM_UP_STEPS = 3
@@ -97,7 +95,9 @@ class TrimtabContender:
         self.study, self.data, self.batch_rows = study, data, batch_rows
         task = get_task(study.task)
         self.precision: NumberFormat = "int8" if study.precision == "int8" else "float32"
-        base = load_base(locate_model(study.model, Silent()), task.auto_class, data.label_names, study.seed)
+        base = load_base(
+            locate_model(study.model, Silent()), task.auto_class, task.head_settings(data.label_names), study.seed
+        )
         self.scorer = make_scorer(task, base, study.max_length_tokens, Silent())
         self.train, self.validation, self.test = map(self.scorer.encode, (data.train, data.validation, data.test))
         keep_freed_memory()
@@ -162,16 +162,7 @@ class TrimtabContender:
         """Everything from the loaded base on counts: features, probe, validation, steps."""
         started = time.perf_counter()
         self.use_precision_for_scoring()
-        features = self.scorer.score(self.train + self.validation, features=True).features
-        assert features is not None
-        train_features, validation_features = torch.split(features, [len(self.data.train), len(self.data.validation)])
-        probe = fit_linear_probe(
-            train_features,
-            [row.label for row in self.data.train],
-            validation_features,
-            [row.label for row in self.data.validation],
-            has_bias=final_linear(self.scorer.base.model).bias is not None,
-        )
+        probe, _ = fit_probe(self.scorer, self.train, self.validation)
         self.attach()
         start_head_at_probe(self.scorer.base.model, probe)
         reached: list[tuple[float, float]] = []

@@ -182,7 +182,9 @@ def test_the_head_starts_at_the_linear_probe(family, model_folder):
     """Before any step, the adapted model's logits are the probe's on the frozen base's features."""
     names = ["bad", "fine", "good"]
     task = get_task("classification")
-    base = load_base(ModelSource("tiny", str(model_folder(family)), True), task.auto_class, names, 0)
+    base = load_base(
+        ModelSource("tiny", str(model_folder(family)), True), task.auto_class, task.head_settings(names), 0
+    )
     scorer = make_scorer(task, base, 32, Silent())
     texts = ["a joy to watch", "a dull mess", "warm, funny and wise", "the worst film of the year number 3"]
     encoded = scorer.encode([Row(str(i), text, None, i % 3, None) for i, text in enumerate(texts)])
@@ -194,7 +196,7 @@ def test_the_head_starts_at_the_linear_probe(family, model_folder):
     peft_model = attach_adapter(base.model, build_study({}), base.new_modules)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
     start_head_at_probe(base.model, probe)
-    torch.testing.assert_close(scorer.score(encoded).outputs, probe.logits(features), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scorer.score(encoded).outputs, probe.outputs(features), atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_as_labels_and_text_pairs(tmp_path, model_folder):

@@ -16,7 +16,7 @@ from torch import Tensor
 from trimtab.data import Row, read_rows
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import ReloadError, SourceError
-from trimtab.evaluation.evaluate import Scorer, make_scorer, predict, record_system, scoring_cost
+from trimtab.evaluation.evaluate import Scorer, make_scorer, predict_outputs, record_system, scoring_cost
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.generation import continue_prompts
 from trimtab.methods import WholeModel, get_method, virtual_tokens_of
@@ -124,7 +124,7 @@ def load_scorer(study: StudyConfig, trial: TrialFolder, progress: Progress) -> t
     is_whole = not get_method(study.method).is_adapter
     if is_whole:
         source = ModelSource(study.model, str(trial.adapter), True)
-    base = load_base(source, task.auto_class, facts["label_names"], study.seed)
+    base = load_base(source, task.auto_class, task.head_settings(facts["label_names"]), study.seed)
     scorer = make_scorer(task, base, study.max_length_tokens, progress, virtual_tokens_of(study))
     if is_whole:
         return scorer, WholeModel(base.model).eval()
@@ -149,12 +149,12 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
         progress.stage(f"Scoring {trial.name} in {training['precision']}, as it was trained")
         trained = scorer.score(encoded, progress)
         other = {"precision": training["precision"],
-                 "metrics": compute_metrics(predict(rows, encoded, names, trained)),
+                 "metrics": compute_metrics(predict_outputs(scorer.task, rows, encoded, names, trained.outputs)),
                  "max_abs_logit_difference": float((trained.outputs - scores.outputs).abs().max())}  # fmt: skip
         use_float32(scorer.choice.forward)
     record_system(
         trial,
-        predict(rows, encoded, names, scores),
+        predict_outputs(scorer.task, rows, encoded, names, scores.outputs),
         title=training["title"],
         kind="tuned",
         method=study.method,
@@ -163,7 +163,7 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
         in_training_precision=other,
     )
     save_logits(trial.logits, scores.outputs)
-    if not names:
+    if scorer.task.name == "causal_lm":
         write_samples(study, scorer, peft_model, rows, encoded, trial, progress)
 
 
@@ -197,7 +197,7 @@ def _continue_with_base(
 ) -> list[str]:
     tokenizer = scorer.base.tokenizer
     if isinstance(peft_model, WholeModel):  # its base is gone
-        base = load_base(locate_model(study.model, progress), scorer.task.auto_class, [], study.seed)
+        base = load_base(locate_model(study.model, progress), scorer.task.auto_class, {}, study.seed)
         return continue_prompts(base.model, tokenizer, prompts, _SAMPLE_TOKENS)
     with peft_model.disable_adapter():
         return continue_prompts(peft_model, tokenizer, prompts, _SAMPLE_TOKENS)

@@ -97,7 +97,12 @@ def _output() -> Console:
 
 
 # The primary metric of a task, then what stands beside it.
-_SHOWN_METRICS = {"accuracy": ("accuracy", "f1", "loss"), "perplexity": ("perplexity", "loss", "token_accuracy")}
+_SHOWN_METRICS = {
+    "accuracy": ("accuracy", "f1", "loss"),
+    "f1": ("f1", "precision", "recall"),
+    "rmse": ("rmse", "mae", "pearson"),
+    "perplexity": ("perplexity", "loss", "token_accuracy"),
+}
 
 
 def _with_interval(name: str, metric: dict[str, float]) -> str:

@@ -73,6 +73,8 @@ def load_config(source: ModelSource) -> Any:
 _KINDS = {
     "AutoModelForSequenceClassification": (
         "classification", "choose a text encoder (BERT family) or decoder (Llama, GPT-2 families)"),
+    "AutoModelForTokenClassification": (
+        "token classification", "choose a text encoder (BERT family) or decoder (Llama, GPT-2 families)"),
     "AutoModelForCausalLM": ("causal language modelling", "choose a decoder (Llama, GPT-2 families)"),
 }  # fmt: skip
 
@@ -123,8 +125,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def load_base(source: ModelSource, auto_class: str, label_names: Sequence[str], seed: int) -> BaseModel:
-    """Load a base in float32 and eval mode, with a fresh, seeded head where the task has labels.
+def load_base(source: ModelSource, auto_class: str, head_settings: dict[str, Any], seed: int) -> BaseModel:
+    """Load a base in float32 and eval mode, with a fresh, seeded head where there are settings for one.
 
     Raises:
         SourceError: weights that cannot be read, or that are mostly not there.
@@ -138,9 +140,9 @@ def load_base(source: ModelSource, auto_class: str, label_names: Sequence[str], 
         model, info = getattr(transformers, auto_class).from_pretrained(
             source.location,
             dtype=torch.float32,
-            ignore_mismatched_sizes=bool(label_names),
+            ignore_mismatched_sizes=bool(head_settings),
             output_loading_info=True,
-            **(_label_settings(label_names) if label_names else {}),
+            **head_settings,
         )
     except Exception as error:  # safetensors, torch and transformers each raise their own
         raise SourceError(f"{source.name}: its weights cannot be read: {str(error).splitlines()[0]}") from error
@@ -157,14 +159,6 @@ def load_base(source: ModelSource, auto_class: str, label_names: Sequence[str], 
     model.requires_grad_(False)
     model.eval().to(PartialState().device)
     return BaseModel(model, tokenizer, source, new_modules)
-
-
-def _label_settings(label_names: Sequence[str]) -> dict[str, Any]:
-    return {
-        "num_labels": len(label_names),
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: number for number, name in enumerate(label_names)},
-    }
 
 
 def _modules_of(missing_keys: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from trimtab.adapters import prove_reload
 from trimtab.data import PreparedData, prepare_data, write_rows
-from trimtab.errors import SourceError, TrainingError
+from trimtab.errors import SourceError, StudyError, TrainingError
 from trimtab.evaluation.comparison import compare_systems
 from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
 from trimtab.evaluation.prediction_files import read_predictions
@@ -29,6 +29,7 @@ from trimtab.runs import RunFolder, TrialFolder, read_json, write_json
 from trimtab.sources import ModelSource, fingerprint_files, fingerprint_model, locate_model
 from trimtab.study_config import StudyConfig
 from trimtab.tasks import Task, get_task
+from trimtab.tasks.classification import Classification, balance_classes
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear, readout_of
 from trimtab.tuning import cached_prefix, tune
@@ -84,9 +85,17 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False)
     data = prepare_data(study, progress)
     source = locate_model(study.model, progress)
     check_model(source, study, task)
+    if study.class_weight:
+        task = _weigh_classes(task, data)
     run.claim(study.to_yaml(), overwrite)
     write_rows(run.test_rows, data.test)
     return Job(study, task, run, data, source, progress)
+
+
+def _weigh_classes(task: Task, data: PreparedData) -> Task:
+    if not isinstance(task, Classification):
+        raise StudyError(f"class_weights: {task.name} has no classes to weigh; leave it at none")
+    return Classification(balance_classes([row.label for row in data.train], len(data.label_names)))
 
 
 def check_model(source: ModelSource, study: StudyConfig, task: Task) -> None:
@@ -109,7 +118,7 @@ def check_model(source: ModelSource, study: StudyConfig, task: Task) -> None:
 def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     job.progress.stage(f"Loading {job.study.model}")
     with job.timed("load base"):
-        base = load_base(job.source, job.task.auto_class, job.data.label_names, job.study.seed)
+        base = load_base(job.source, job.task.auto_class, job.task.head_settings(job.data.label_names), job.study.seed)
         reserved = virtual_tokens_of(job.study)
         scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress, reserved)
         precision = choose_precision(job.study.precision, scorer.choice.forward, job.progress)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trimtab.errors import StudyError, suggest
 
-Task = Literal["classification", "causal_lm"]
+Task = Literal["classification", "multilabel", "regression", "token_classification", "causal_lm"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "auto"]
 
 
@@ -27,7 +27,8 @@ class StudyConfig(BaseModel):
     model: str = Field("starter:smollm2-135m", description="Base model: a folder, a Hub id, or starter:NAME.")
     task: Task = Field(
         "classification",
-        description="What is learnt: classification (a label), or causal_lm (texts, prompts with completions, chats).",
+        description="What is learnt: classification (one label a text), multilabel (any number of labels), regression "
+        "(a number), token_classification (a tag a word), or causal_lm (texts, prompts with completions, chats).",
     )
     train_data: str = Field(
         "starter:rotten-tomatoes",
@@ -80,6 +81,9 @@ class StudyConfig(BaseModel):
     learning_rate: Literal["auto"] | float = Field(
         "auto", description="Peak learning rate; auto takes the method's default."
     )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="classification: balanced weighs each class's loss by one over its share of the rows."
+    )
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
     tokens_per_batch: int = Field(512, ge=8, description="Tokens in a training batch; texts are packed, not padded.")
     gradient_accumulation_steps: int = Field(
@@ -110,6 +114,11 @@ class StudyConfig(BaseModel):
         if isinstance(value, float) and not 0 < value < float("inf"):
             raise ValueError(f"Input should be 'auto' or a positive number, not {value}")
         return value
+
+    @property
+    def class_weight(self) -> str | None:
+        """scikit-learn's word for `class_weights`."""
+        return None if self.class_weights == "none" else self.class_weights
 
     @property
     def name(self) -> str:

@@ -126,7 +126,7 @@ def build_tiny_model(task: Task, family: str, seed: int = 0) -> Any:
     if type(config) not in auto._model_mapping or (task.auto_class == "AutoModelForCausalLM" and is_encoder):
         raise ValueError(f"{family} has no model for {task.name}")
     torch.manual_seed(seed)
-    config.num_labels = 3
+    config.num_labels = 1 if task.name == "regression" else 3
     return auto.from_config(config).requires_grad_(False).eval()
 
 
@@ -146,6 +146,15 @@ def make_examples(task: Task, model: Any, lengths: Iterable[int] = (9, 5, 9, 12)
 _EXAMPLES: dict[str, Callable[[list[int], int, Any], Example]] = {
     "classification": lambda ids, number, model: Example(
         ids, None, [len(ids) - 1 if pools_last_token(model) else 0], [number % 3]
+    ),
+    "multilabel": lambda ids, number, model: Example(
+        ids, None, [len(ids) - 1 if pools_last_token(model) else 0], [[1.0, float(number % 2), 0.0]]
+    ),
+    "regression": lambda ids, number, model: Example(
+        ids, None, [len(ids) - 1 if pools_last_token(model) else 0], [number * 1.5]
+    ),
+    "token_classification": lambda ids, number, model: Example(
+        ids, None, list(range(0, len(ids), 2)), [token % 3 for token in ids[::2]]
     ),
     "causal_lm": lambda ids, number, model: Example(ids, None, list(range(len(ids) - 1)), ids[1:]),
 }

@@ -30,7 +30,7 @@ from trimtab.engine.prepare import prepare_adapted
 from trimtab.engine.state import TrainingState
 from trimtab.errors import StorageError, TrainingError
 from trimtab.evaluation.baselines import LinearProbe
-from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes
+from trimtab.evaluation.evaluate import Scorer, fit_probe, peak_memory_bytes
 from trimtab.job import EncodedSplits
 from trimtab.machine import package_versions
 from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of, make_schedule
@@ -60,7 +60,7 @@ def tune(
     method = get_method(study.method)
     progress.stage(f"Tuning with {method.title}, seed {study.seed}")
     torch.manual_seed(study.seed)
-    peft_model = start_adapter(study, scorer, data.train, probe, trial, progress)
+    peft_model = start_adapter(study, scorer, data, probe, trial, progress)
     trainable, total = _tell_parameters(peft_model, progress)
 
     plan = TrainingPlan(
@@ -104,19 +104,25 @@ def tune(
 def start_adapter(
     study: StudyConfig,
     scorer: Scorer,
-    train: EncodedRows,
+    data: EncodedSplits,
     probe: LinearProbe | None,
     trial: TrialFolder,
     progress: Progress,
 ) -> Any:
-    """The scorer's base with its adapter around it, ready for training, the head at the probe."""
-    commonest = Counter(token for example in train.examples for token in example.input_ids)
+    """The scorer's base with its adapter around it, ready for training, the head at the probe.
+
+    Where the adapter does not start at the base, the probe is fitted anew on what it makes of the texts.
+    """
+    commonest = Counter(token for example in data.train.examples for token in example.input_ids)
     base = scorer.base
     tokens = [token for token, _ in commonest.most_common()]
     peft_model = attach_adapter(base.model, study, base.new_modules, tokens, progress)
     save_start(peft_model, trial.start)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
     if probe is not None:
+        if not get_method(study.method).starts_at_base:
+            set_adapter_training(peft_model, False)
+            probe, _ = fit_probe(scorer, data.train, data.validation, study.class_weight, progress)
         start_head_at_probe(base.model, probe)
     return peft_model
 
@@ -217,7 +223,7 @@ def run_loop(
     """Hand the study's parts to the loop."""
     device = scorer.base.device
     forward = scorer.choice.forward
-    labels = torch.tensor([label for example in validation.examples for label in example.labels])
+    labels = torch.tensor(validation.labels.tolist())
 
     def compute_loss(batch: Batch) -> Tensor:
         return scorer.task.loss(forward, batch.to(device))

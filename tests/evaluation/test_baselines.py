@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from trimtab.data import Row
-from trimtab.evaluation.baselines import fit_linear_probe, majority_probabilities, tfidf_probabilities
+from trimtab.evaluation.baselines import constant_outputs, fit_linear_probe, tfidf_outputs, word_tag_outputs
 
 
 def make_features(classes, seed=0):
@@ -22,22 +22,61 @@ def make_features(classes, seed=0):
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_folded_probe_is_the_standardised_regression(classes, has_bias):
     features, labels = make_features(classes)
-    probe = fit_linear_probe(features[:300], labels[:300], features[300:], labels[300:], has_bias)
+    probe = fit_linear_probe("classification", features[:300], labels[:300], features[300:], labels[300:], has_bias)
     assert (probe.bias is not None) == has_bias
     assert probe.weight.is_contiguous()
     scaler = StandardScaler(with_mean=has_bias).fit(features[:300].double().numpy())
     model = LogisticRegression(C=probe.strength, fit_intercept=has_bias, max_iter=500)
     model.fit(scaler.transform(features[:300].double().numpy()), labels[:300])
     expected = model.predict_proba(scaler.transform(features[300:].double().numpy()))
-    found = probe.logits(features[300:]).softmax(-1).numpy()
+    found = probe.outputs(features[300:]).softmax(-1).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert (found.argmax(1) == labels[300:]).mean() > 0.6
 
 
-def test_majority_and_tfidf():
+def test_probes_of_labels_and_values_are_scikit_learns():
+    features, labels = make_features(3)
+    scaled = StandardScaler().fit_transform(features[:300].double().numpy())
+    scaler = StandardScaler().fit(features[:300].double().numpy())
+    held_out = scaler.transform(features[300:].double().numpy())
+    marks = np.eye(4)[labels]  # the fourth label never applies
+    probe = fit_linear_probe("multilabel", features[:300], marks[:300], features[300:], marks[300:], True)
+    said = probe.outputs(features[300:]).sigmoid().numpy()
+    for column in range(3):
+        model = LogisticRegression(C=probe.strength, max_iter=500).fit(scaled, marks[:300, column])
+        np.testing.assert_allclose(said[:, column], model.predict_proba(held_out)[:, 1], atol=1e-4)
+    assert said[:, 3].max() < 0.01
+    values = labels * 2.5 + 10.0
+    probe = fit_linear_probe("regression", features[:300], values[:300], features[300:], values[300:], True)
+    model = Ridge(alpha=1 / probe.strength).fit(scaled, values[:300])
+    np.testing.assert_allclose(probe.outputs(features[300:])[:, 0].numpy(), model.predict(held_out), atol=1e-3)
+
+
+def test_a_class_that_train_lacks_is_never_given():
+    features, labels = make_features(3)
+    labels = np.where(labels == 1, 3, labels)
+    probe = fit_linear_probe("token_classification", features[:300], labels[:300], features[300:], labels[300:], True)
+    assert probe.weight.shape == (4, 12)
+    assert set(probe.outputs(features).argmax(-1).tolist()) == {0, 2, 3}
+
+
+def test_constants_and_tfidf():
     train = [Row(str(i), ["fine film", "bad film"][i % 2], None, i % 2, None) for i in range(30)]
     train.append(Row("x", "bad", None, 1, None))
-    shares = majority_probabilities(train, train[:3], 2)
+    labels = np.array([row.label for row in train])
+    shares = constant_outputs("classification", labels, 3, 2).softmax(-1).numpy()
     np.testing.assert_allclose(shares, [[15 / 31, 16 / 31]] * 3)
-    predicted = tfidf_probabilities(train, train[:6], [Row("y", "a fine day", None, 0, None)])
+    marks = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    np.testing.assert_allclose(constant_outputs("multilabel", marks, 1, 2).sigmoid().numpy(), [[0.75, 0.25]])
+    np.testing.assert_allclose(constant_outputs("regression", np.array([1.0, 2.0, 6.0]), 1, 1).numpy(), [[3.0]])
+    test = [Row("y", "a fine day", None, 0, None)]
+    predicted = tfidf_outputs("classification", (train, train[:6], test), labels, labels[:6])
     assert predicted.argmax() == 0
+
+
+def test_words_have_the_tag_that_they_mostly_have():
+    train = [Row("a", "", words=["Rome", "is", "Rome"], labels=[1, 0, 1]), Row("b", "", words=["Rome"], labels=[0])]
+    found = word_tag_outputs(train, ["Rome", "is", "unseen"], 3).exp().numpy()
+    assert found.argmax(1).tolist() == [1, 0, 0]
+    np.testing.assert_allclose(found.sum(1), 1.0)
+    assert (found > 0).all()

@@ -6,23 +6,44 @@ import hashlib
 from collections import Counter
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from trimtab.data.columns import (
-    Columns,
-    find_columns,
-    find_language_columns,
-    label_names,
-    to_language_rows,
-    to_rows,
-)
+from trimtab.data.columns import Columns, Named
 from trimtab.data.duplicates import find_near_duplicates
+from trimtab.data.labels import ClassReader, SeveralReader, ValueReader
+from trimtab.data.language import LanguageReader
 from trimtab.data.reading import Source, Table, read_source
 from trimtab.data.rows import Row
 from trimtab.data.splits import cut_split, take_rows
+from trimtab.data.words import TagReader
 from trimtab.errors import DataError
 from trimtab.progress import Progress
 from trimtab.study_config import StudyConfig
+
+
+class Reader(Protocol):
+    """How a task's rows stand in a table."""
+
+    has_labels: bool
+
+    def find_columns(self, table: Table, named: Named, progress: Progress) -> Columns:
+        """Named columns are checked; missing ones are found by name, and the guess is noted."""
+        ...
+
+    def label_names(self, table: Table, columns: Columns) -> list[str]:
+        """Names of the labels in the training rows, in their order; none where labels have no names."""
+        ...
+
+    def rows(self, table: Table, split: str, columns: Columns, names: list[str]) -> list[Row]: ...
+
+
+READERS: dict[str, Reader] = {
+    "classification": ClassReader(),
+    "multilabel": SeveralReader(),
+    "regression": ValueReader(),
+    "token_classification": TagReader(),
+    "causal_lm": LanguageReader(),
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +74,7 @@ class PreparedData:
         }
 
     def _counts(self, rows: list[Row]) -> dict[str, int]:
-        counts = Counter(row.label for row in rows)
+        counts = Counter(label for row in rows for label in ([row.label] if row.labels is None else row.labels))
         return {name: counts[number] for number, name in enumerate(self.label_names)}
 
 
@@ -64,25 +85,26 @@ def prepare_data(study: StudyConfig, progress: Progress) -> PreparedData:
         SourceError: a source cannot be had.
         DataError: malformed, empty, one class, unknown or missing labels, too few rows.
     """
+    reader = READERS[study.task]
     source = read_source(study.train_data, progress)
     train_table = source.splits["train"]
-    columns = _columns_of(study, source, train_table, progress)
-    names = label_names(train_table, columns) if columns.label else []
-    train = _rows_of(train_table, "train", columns, names)
+    columns = reader.find_columns(train_table, _named(study, source, reader), progress)
+    names = reader.label_names(train_table, columns)
+    train = reader.rows(train_table, "train", columns, names)
     given = {
-        split: _given_split(split, path, source, columns, names, progress)
+        split: _given_split(split, path, source, reader, columns, names, progress)
         for split, path in (("test", study.test_data), ("validation", study.validation_data))
     }
     test, validation = given["test"], given["validation"]
     if test is None:
-        train, test = cut_split(train, study.seed, "test", bool(names))
+        train, test = cut_split(train, study.seed, "test", reader.has_labels)
     if validation is None:
-        train, validation = cut_split(train, study.seed, "validation", bool(names))
+        train, validation = cut_split(train, study.seed, "validation", reader.has_labels)
     _refuse_overlap(study)
     train = take_rows(train, study.max_train_rows, study.seed)
     validation = take_rows(validation, study.max_validation_rows, study.seed)
     test = take_rows(test, study.max_test_rows, study.seed)
-    if columns.label:
+    if study.task == "classification":
         _check_classes(train, names)
     duplicate_rows, leaked = find_near_duplicates(train, test)
     prepared = PreparedData(
@@ -92,47 +114,43 @@ def prepare_data(study: StudyConfig, progress: Progress) -> PreparedData:
     return prepared
 
 
-def _columns_of(study: StudyConfig, source: Source, table: Table, progress: Progress) -> Columns:
+def _named(study: StudyConfig, source: Source, reader: Reader) -> Named:
+    """The columns that the study names, else those that a starter is known to have."""
     starter = source.starter
-    if study.task == "causal_lm":
-        text = study.text_column or (starter.text_column if starter else None)
-        group = study.group_column or (starter.group_column if starter else None)
-        return find_language_columns(table, text, study.completion_column, study.messages_column, group, progress)
-    if starter and starter.label_column is None and study.label_column is None:
+    if starter and reader.has_labels and starter.label_column is None and study.label_column is None:
         raise DataError(
             f"{study.train_data} has texts without labels, made for language modelling; "
-            "classification needs labels: try starter:rotten-tomatoes or starter:reuters-r8, or --task causal_lm"
+            f"{study.task} needs labels: try starter:rotten-tomatoes or starter:reuters-r8, or --task causal_lm"
         )
-    return find_columns(
-        table,
-        study.text_column or (starter.text_column if starter else None),
-        study.text_pair_column,
-        study.label_column or (starter.label_column if starter else None),
-        study.group_column or (starter.group_column if starter else None),
-        progress,
-    )
+    return {
+        "text": study.text_column or (starter.text_column if starter else None),
+        "text_pair": study.text_pair_column,
+        "label": study.label_column or (starter.label_column if starter else None),
+        "completion": study.completion_column,
+        "messages": study.messages_column,
+        "group": study.group_column or (starter.group_column if starter else None),
+    }
 
 
 def _given_split(
-    split: str, path: str | None, source: Source, columns: Columns, names: list[str], progress: Progress
+    split: str,
+    path: str | None,
+    source: Source,
+    reader: Reader,
+    columns: Columns,
+    names: list[str],
+    progress: Progress,
 ) -> list[Row] | None:
     """Rows of a split that was named, or that came with the training source; else None."""
     table = source.splits.get(split)
     if path is not None:
         given = read_source(path, progress).splits
         table = given.get(split) or given["train"]
-        if columns.label:
-            find_columns(table, columns.text, columns.text_pair, columns.label, columns.group, progress)
-        else:
-            find_language_columns(table, columns.text, columns.completion, columns.messages, columns.group, progress)
+        reader.find_columns(table, columns.named, progress)
     elif columns.label and table and split == "test" and all(row.get(columns.label) is None for row in table.rows):
         progress.note(f"{table.source} has no labels, so it is left out; test rows are cut from train")
         return None
-    return _rows_of(table, split, columns, names) if table else None
-
-
-def _rows_of(table: Table, split: str, columns: Columns, names: list[str]) -> list[Row]:
-    return to_rows(table, split, columns, names) if columns.label else to_language_rows(table, split, columns)
+    return reader.rows(table, split, columns, names) if table else None
 
 
 def _refuse_overlap(study: StudyConfig) -> None:
@@ -168,8 +186,13 @@ def _fingerprint(*splits: list[Row]) -> str:
 def _describe(data: PreparedData, progress: Progress) -> None:
     progress.note(f"rows: {len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test")
     if data.label_names:
-        shares = ", ".join(f"{name} {count / len(data.train):.0%}" for name, count in data._counts(data.train).items())
+        counts = data._counts(data.train)
+        whole = sum(counts.values())
+        shares = ", ".join(f"{name} {count / whole:.0%}" for name, count in counts.items())
         progress.note(f"labels in train: {shares}")
+    elif data.train[0].value is not None:
+        values = [row.value or 0.0 for row in data.train]
+        progress.note(f"values in train: {min(values):g} to {max(values):g}, mean {sum(values) / len(values):.4g}")
     if data.columns.group:
         progress.note(f"rows with the same {data.columns.group!r} stay in one split")
     if data.duplicate_rows or data.leaked_test_ids:

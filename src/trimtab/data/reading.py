@@ -90,7 +90,8 @@ def _format_of(path: Path) -> str | None:
     if suffixes and suffixes[-1] in (*_OPENERS, ".zst"):
         suffixes.pop()
     known = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl",
-             ".json": "jsonl", ".parquet": "parquet"}  # fmt: skip
+             ".json": "jsonl", ".parquet": "parquet", ".conll": "conll", ".iob": "conll", ".iob2": "conll",
+             ".bio": "conll"}  # fmt: skip
     return known.get(suffixes[-1]) if suffixes else None
 
 
@@ -99,7 +100,7 @@ def read_file(path: Path) -> Table:
     kind = _format_of(path)
     if kind is None:
         raise SourceError(
-            f"{path}: format not known by its name; use .csv, .tsv, .jsonl or .parquet "
+            f"{path}: format not known by its name; use .csv, .tsv, .jsonl, .parquet or .conll "
             "(or .gz, .bz2, .xz, .zst of these)"
         )
     if path.stat().st_size == 0:
@@ -108,7 +109,10 @@ def read_file(path: Path) -> Table:
         return _read_parquet(path)
     try:
         with _open_text(path) as file:
-            pairs = list(parse_jsonl(file, path) if kind == "jsonl" else _read_delimited(file, path, kind))
+            if kind == "conll":
+                pairs = list(_read_conll(file, path))
+            else:
+                pairs = list(parse_jsonl(file, path) if kind == "jsonl" else _read_delimited(file, path, kind))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block: "
                         f"{error.object[error.start:error.start + 1]!r}); save it as UTF-8") from error  # fmt: skip
@@ -149,6 +153,22 @@ def _read_delimited(file: IO[str], path: Path, kind: str) -> Iterator[tuple[dict
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{start}: not valid {kind.upper()} ({error}); fix the quotes in this line") from error
+
+
+def _read_conll(file: IO[str], path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """A word and its tag a line, first and last of its fields; a blank line after each sentence (CoNLL-2003)."""
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate((*file, ""), 1):
+        fields = line.split()
+        if fields and fields[0] != "-DOCSTART-" and not line.startswith("# "):
+            if len(fields) < 2:
+                raise DataError(f"{path}:{number}: {line.strip()!r} has no tag; write a word and its tag on each line")
+            words.append(fields[0])
+            tags.append(fields[-1])
+        elif words and not fields:
+            yield {"tokens": words, "tags": tags}, number - len(words)
+            words, tags = [], []
 
 
 def _read_parquet(path: Path) -> Table:
@@ -203,12 +223,17 @@ def _tables_of(source: str, loaded: Any) -> dict[str, Table]:
             continue
         rows = dataset.to_list()
         for column, feature in dataset.features.items():
-            names = getattr(feature, "names", None)
-            if names:
-                for row in rows:
-                    # -1 is how published test sets say that a label is withheld
-                    row[column] = names[row[column]] if row[column] is not None and row[column] >= 0 else None
+            listed = getattr(feature, "feature", None)
+            names = getattr(feature, "names", None) or getattr(listed, "names", None)
+            for row in rows if names else ():
+                value = row[column]
+                row[column] = [_label_name(one, names) for one in value or []] if listed else _label_name(value, names)
         tables[name] = _numbered(f"{source}[{split}]", rows)
     if "train" not in tables:
         raise SourceError(f"{source} has no train split; its splits are: {', '.join(map(str, splits))}")
     return tables
+
+
+def _label_name(value: int | None, names: Any) -> str | None:
+    """-1 is how published test sets say that a label is withheld."""
+    return names[value] if value is not None and value >= 0 else None

@@ -11,10 +11,12 @@ from trimtab.runs import read_jsonl, write_jsonl
 
 @dataclass(frozen=True)
 class Row:
-    """`id` is `split:number` as in the source, from 1; `label` indexes the label names, 0 where a task has none.
+    """`id` is `split:number` as in the source, from 1.
 
-    For language models `text` is a whole text, or a prompt where there is a `completion`; a chat has
-    its `messages` (role and content), and what the assistant says as its text.
+    What is to be said of the text depends on the task: `label` indexes the label names; `labels` do, too,
+    one for each of `words`, or those that apply to the whole text; `value` is a number. For language models
+    `text` is a whole text, or a prompt where there is a `completion`; a chat has its `messages` (role and
+    content), and what the assistant says as its text.
     """
 
     id: str
@@ -24,6 +26,9 @@ class Row:
     group: str | None = None
     completion: str | None = None
     messages: list[dict[str, str]] | None = None
+    labels: list[int] | None = None
+    words: list[str] | None = None
+    value: float | None = None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

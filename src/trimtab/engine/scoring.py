@@ -21,11 +21,10 @@ SCORING_TOKENS_PER_BATCH = 1024
 class Scores:
     """`outputs` [positions, columns] and, where asked for, `features` [positions, features], float32 on CPU.
 
-    Positions are those of the examples, in their order; `examples` [positions] tells whose each is.
+    Positions are those of the examples, in their order.
     """
 
     outputs: Tensor
-    examples: Tensor
     features: Tensor | None
     seconds: float
     tokens: int
@@ -61,11 +60,9 @@ def score_rows(
             seconds = time.perf_counter() - started
             listener.advance(tokens, total, "tokens", tokens_per_second=tokens / seconds)
     seconds = time.perf_counter() - started
-    examples = torch.tensor(order)
-    place = examples.argsort(stable=True)
+    place = torch.tensor(order).argsort(stable=True)
     return Scores(
         torch.cat(outputs).index_select(0, place),
-        examples.index_select(0, place),
         torch.cat(caught).index_select(0, place) if caught else None,
         seconds,
         tokens,

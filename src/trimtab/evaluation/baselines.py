@@ -1,8 +1,8 @@
-"""The cheap systems that tuning must beat: majority class, TF-IDF, and the linear probe."""
+"""The cheap systems that tuning must beat: constants, TF-IDF, tags of words, and the linear probe."""
 
 from __future__ import annotations
 
-import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,101 +12,113 @@ import torch
 from torch import Tensor
 
 from trimtab.data import Row
+from trimtab.evaluation.linear_models import LINEAR_MODELS, best_fit
 from trimtab.evaluation.predictions import Floats
 
 # Inverse regularisation strengths tried; the validation loss chooses.
 _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _TFIDF_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+# Words beyond this add little to a probe, and minutes to its fit.
+_PROBED_POSITIONS = 20_000
 
 
-def majority_probabilities(train: Sequence[Row], test: Sequence[Row], classes: int) -> Floats:
-    """The class shares of train, for every test row."""
-    counts = np.bincount([row.label for row in train], minlength=classes)
-    return np.tile(counts / counts.sum(), (len(test), 1))
+def constant_outputs(task: str, labels: Any, rows: int, columns: int) -> Tensor:
+    """[rows, columns]: what the training labels alone say, the same for every row."""
+    return torch.from_numpy(np.tile(LINEAR_MODELS[task].constant(labels, columns), (rows, 1)))
 
 
-def tfidf_probabilities(train: Sequence[Row], validation: Sequence[Row], test: Sequence[Row]) -> Floats:
-    """Logistic regression on TF-IDF of words and word pairs, as strong as validation likes."""
+def tfidf_outputs(
+    task: str,
+    splits: tuple[Sequence[Row], Sequence[Row], Sequence[Row]],
+    labels: Any,
+    validation_labels: Any,
+    class_weight: str | None = None,
+) -> Tensor:
+    """[test rows, columns]: a linear model on TF-IDF of words and word pairs, as strong as validation likes.
+
+    Args:
+        splits: rows of train, validation and test.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    def texts(rows: Sequence[Row]) -> list[str]:
-        return [f"{row.text} {row.text_pair or ''}" for row in rows]
-
+    train, validation, test = ([f"{row.text} {row.text_pair or ''}" for row in rows] for rows in splits)
     # Single letters and signs count as words too, so that no text set leaves the vocabulary empty.
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
-    features = vectorizer.fit_transform(texts(train))
-    held_out = vectorizer.transform(texts(validation))
-    model = _best_regression(features, _labels(train), held_out, _labels(validation), _TFIDF_STRENGTHS)
-    return np.asarray(model.predict_proba(vectorizer.transform(texts(test))))
+    features, held_out = vectorizer.fit_transform(train), vectorizer.transform(validation)
+    model = LINEAR_MODELS[task]
+    fit = best_fit(model, features, labels, held_out, validation_labels, _TFIDF_STRENGTHS, class_weight=class_weight)
+    return torch.from_numpy(fit.outputs(vectorizer.transform(test)))
+
+
+def word_tag_outputs(train: Sequence[Row], words: Sequence[str], tags: int) -> Tensor:
+    """[words, tags]: log shares of each word's tags in train, drawn towards those of all words by one count."""
+    of_word: dict[str, Counter[int]] = defaultdict(Counter)
+    shares = np.full(tags, 1e-3)
+    for row in train:
+        for word, tag in zip(row.words or (), row.labels or (), strict=True):
+            of_word[word][tag] += 1
+            shares[tag] += 1
+    shares /= shares.sum()
+    found = np.stack([_counts(of_word.get(word), tags) + shares for word in words])
+    return torch.from_numpy(np.log(found / found.sum(axis=1, keepdims=True)))
+
+
+def _counts(counter: Counter[int] | None, size: int) -> Floats:
+    counts = np.zeros(size)
+    for number, count in (counter or {}).items():
+        counts[number] = count
+    return counts
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear classifier on raw features: logits = features @ weight.T + bias.
+    """A linear model on raw features: outputs = features @ weight.T + bias.
 
-    `weight` is [classes, features], float32; `bias` [classes], or None for heads without one.
+    `weight` is [columns, features], float32; `bias` [columns], or None for heads without one.
     """
 
     weight: Tensor
     bias: Tensor | None
     strength: float
 
-    def logits(self, features: Tensor) -> Tensor:
+    def outputs(self, features: Tensor) -> Tensor:
         return torch.nn.functional.linear(features, self.weight, self.bias)
 
 
 def fit_linear_probe(
-    features: Tensor, labels: Sequence[int], held_out: Tensor, held_out_labels: Sequence[int], has_bias: bool
+    task: str,
+    features: Tensor,
+    labels: Any,
+    held_out: Tensor,
+    held_out_labels: Any,
+    has_bias: bool,
+    class_weight: str | None = None,
 ) -> LinearProbe:
-    """Standardised logistic regression, folded back onto the raw features.
+    """The task's linear model on standardised features, folded back onto the raw ones.
 
     A head without bias cannot hold a shift, so its probe scales features without centring them
     and fits no intercept: what comes out is exactly what that head can express.
+
+    Args:
+        features: [positions, features], with as many labels.
     """
     from sklearn.preprocessing import StandardScaler
 
+    if len(features) > _PROBED_POSITIONS:
+        chosen = np.random.default_rng(0).permutation(len(features))[:_PROBED_POSITIONS]
+        features, labels = features[torch.from_numpy(chosen)], labels[chosen]
     scaler = StandardScaler(with_mean=has_bias).fit(features.double().numpy())
-    model = _best_regression(
+    fit = best_fit(
+        LINEAR_MODELS[task],
         scaler.transform(features.double().numpy()),
-        np.asarray(labels),
+        labels,
         scaler.transform(held_out.double().numpy()),
-        np.asarray(held_out_labels),
+        held_out_labels,
         _PROBE_STRENGTHS,
         fit_intercept=has_bias,
+        class_weight=class_weight,
     )
-    weight, bias = model.coef_, model.intercept_
-    if len(weight) == 1:  # two classes share one direction
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    weight = weight / scaler.scale_
-    shift = torch.from_numpy(bias - weight @ scaler.mean_).float() if has_bias else None
+    weight = fit.weight / scaler.scale_
+    shift = torch.from_numpy(fit.bias - weight @ scaler.mean_).float() if has_bias else None
     # Several classes come in column order, which safetensors does not store.
-    return LinearProbe(torch.from_numpy(np.ascontiguousarray(weight)).float(), shift, float(model.C))
-
-
-def _labels(rows: Sequence[Row]) -> np.ndarray:
-    return np.array([row.label for row in rows])
-
-
-def _best_regression(
-    features: Any,
-    labels: Any,
-    held_out: Any,
-    held_out_labels: Any,
-    strengths: Sequence[float],
-    fit_intercept: bool = True,
-) -> Any:
-    """The logistic regression with the least validation loss."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-
-    best: tuple[float, Any] | None = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for strength in strengths:
-            model = LogisticRegression(C=strength, fit_intercept=fit_intercept, max_iter=500).fit(features, labels)
-            loss = log_loss(held_out_labels, model.predict_proba(held_out), labels=model.classes_)
-            if best is None or loss < best[0]:
-                best = (float(loss), model)
-    assert best is not None
-    return best[1]
+    return LinearProbe(torch.from_numpy(np.ascontiguousarray(weight)).float(), shift, fit.strength)

@@ -9,20 +9,21 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.data import Row
 from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.forward import Choice, HeadFeatures, choose_forward, usable_length
 from trimtab.engine.scoring import Scores, score_rows
-from trimtab.evaluation.class_predictions import predictions_for
+from trimtab.evaluation.baselines import LinearProbe, fit_linear_probe
+from trimtab.evaluation.by_task import PREDICT
 from trimtab.evaluation.predictions import Predictions, compute_metrics
-from trimtab.evaluation.token_predictions import token_predictions_for
 from trimtab.models import BaseModel
 from trimtab.progress import Progress
 from trimtab.runs import SystemFolder, read_json, write_json
 from trimtab.tasks import Task
-from trimtab.tasks.classification import probabilities_of
 from trimtab.tasks.examples import EncodedRows
+from trimtab.tasks.heads import final_linear
 
 
 @dataclass
@@ -87,13 +88,29 @@ def scoring_cost(scores: Scores, rows: int) -> dict[str, float]:
     }
 
 
-def predict(rows: Sequence[Row], encoded: EncodedRows, label_names: Sequence[str], scores: Scores) -> Predictions:
-    """Predictions of `rows` from their scores: of labels where there are any, else of tokens."""
-    if label_names:
-        return predictions_for(rows, label_names, probabilities_of(scores.outputs).numpy())
-    of_row = torch.tensor(encoded.rows)[scores.examples].numpy()
-    losses, hits = scores.outputs.double().numpy().T
-    return token_predictions_for([row.id for row in rows], of_row, losses, hits)
+def fit_probe(
+    scorer: Scorer,
+    train: EncodedRows,
+    validation: EncodedRows,
+    class_weight: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[LinearProbe, Scores]:
+    """The linear probe on what enters the head's final linear now, and the pass that gave those features."""
+    scores = scorer.score(train + validation, progress, features=True)
+    assert scores.features is not None
+    train_features, validation_features = torch.split(scores.features, [len(train.labels), len(validation.labels)])
+    probe = fit_linear_probe(
+        scorer.task.name, train_features, train.labels, validation_features, validation.labels,
+        has_bias=final_linear(scorer.base.model).bias is not None, class_weight=class_weight,
+    )  # fmt: skip
+    return probe, scores
+
+
+def predict_outputs(
+    task: Task, rows: Sequence[Row], encoded: EncodedRows, label_names: Sequence[str], outputs: Tensor
+) -> Predictions:
+    """Predictions of `rows` from the outputs [positions, columns] of a system at their positions."""
+    return PREDICT[task.name](rows, encoded, label_names, outputs)
 
 
 _COSTS = (

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import DataError
 from trimtab.evaluation.class_predictions import ClassPredictions, parse_class_predictions
+from trimtab.evaluation.multilabel_predictions import MultilabelPredictions, parse_multilabel_predictions
 from trimtab.evaluation.predictions import Predictions
+from trimtab.evaluation.tag_predictions import TagPredictions, parse_tag_predictions
 from trimtab.evaluation.token_predictions import TokenPredictions, parse_token_predictions
+from trimtab.evaluation.value_predictions import ValuePredictions, parse_value_predictions
 from trimtab.runs import read_jsonl
 
-KINDS: tuple[type[ClassPredictions] | type[TokenPredictions], ...] = (ClassPredictions, TokenPredictions)
+KINDS = (ClassPredictions, MultilabelPredictions, ValuePredictions, TagPredictions, TokenPredictions)
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -22,4 +27,16 @@ def read_predictions(path: Path) -> Predictions:
     lines = list(read_jsonl(path))
     if not lines:
         raise DataError(f"{path}: holds no predictions")
-    return parse_token_predictions(lines, path) if "tokens" in lines[0] else parse_class_predictions(lines, path)
+    return _parser_for(lines[0])(lines, path)
+
+
+def _parser_for(line: dict[str, Any]) -> Callable[[Sequence[dict[str, Any]], Path], Predictions]:
+    """The kind of predictions that a first line shows."""
+    if "correct_tokens" in line:
+        return parse_token_predictions
+    has_list = isinstance(line.get("label"), list)
+    if "probabilities" in line:
+        return parse_multilabel_predictions if has_list else parse_class_predictions
+    if has_list:
+        return parse_tag_predictions
+    return parse_value_predictions if isinstance(line.get("prediction"), float | int) else parse_class_predictions

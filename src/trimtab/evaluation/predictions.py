@@ -12,14 +12,16 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Metrics of which less is better.
-LOWER_IS_BETTER = frozenset({"loss", "brier", "perplexity"})
+LOWER_IS_BETTER = frozenset({"loss", "brier", "perplexity", "rmse", "mae"})
 
 
 class Predictions(Protocol):
     """Predictions of one kind, from which metrics are computed as weighted sums over rows."""
 
     metrics: ClassVar[tuple[str, ...]]
-    primary_metric: ClassVar[str]
+
+    @property
+    def primary_metric(self) -> str: ...
 
     @property
     def ids(self) -> list[str]: ...

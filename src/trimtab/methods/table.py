@@ -110,7 +110,7 @@ _ROWS = (
     Method("trainable_tokens", "trainable tokens (embeddings of the commonest)", "TRAINABLE_TOKENS", 5e-3,
            places="none"),
     Method("prompt_tuning", "prompt tuning (Lester et al. 2021)", "PROMPT_TUNING", 2e-2, places="none",
-           options={"num_virtual_tokens": _VIRTUAL_TOKENS}, starts_at_base=False),
+           options={"num_virtual_tokens": _VIRTUAL_TOKENS, "prompt_tuning_init": "SAMPLE_VOCAB"}, starts_at_base=False),
     Method("p_tuning", "P-tuning (Liu et al. 2021)", "P_TUNING", 1e-3, places="none",
            options={"num_virtual_tokens": _VIRTUAL_TOKENS}, starts_at_base=False),
     Method("prefix_tuning", "prefix tuning (Li & Liang 2021)", "PREFIX_TUNING", 1e-2, places="none",

@@ -147,6 +147,11 @@ class Content:
         seen = {label for system in self.systems for p in system.predictions for label in (p.label, p.prediction)}
         return named + sorted(seen - set(named))
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether each row bears one label."""
+        return bool(self.study.get("task", "classification") == "classification")
+
     def primary(self, system: System) -> float | None:
         score = system.scores.get(self.primary_metric)
         return score.value if score else None
@@ -267,12 +272,16 @@ def _predictions(path: Path, rows: Sequence[Row]) -> list[Prediction]:
         )
     predictions = []
     for line in lines:
-        if "label" not in line:  # a language model says no label
+        if "label" not in line or isinstance(line["label"], float):  # a language model says no label, a value is none
             return []
-        label, prediction = str(line.get("label")), str(line.get("prediction"))
+        label, prediction = _as_text(line["label"]), _as_text(line.get("prediction"))
         confidence = finite((line.get("probabilities") or {}).get(prediction))
         predictions.append(Prediction(label, prediction, confidence))
     return predictions
+
+
+def _as_text(label: Any) -> str:
+    return ", ".join(map(str, label)) if isinstance(label, list) else str(label)
 
 
 def _contrast(record: dict[str, Any]) -> Contrast:

@@ -82,7 +82,9 @@ class Confusion:
 
 
 def count_confusions(content: Content) -> list[Confusion]:
-    """A confusion matrix for each system with predictions, in their order."""
+    """A confusion matrix for each system with predictions of one label a row, in their order."""
+    if not content.has_classes:
+        return []
     labels = content.label_names
     confusions = []
     for system in content.systems:

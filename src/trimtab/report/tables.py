@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.evaluation.predictions import LOWER_IS_BETTER
 from trimtab.report.content import Content, System, Trial, finite
 from trimtab.report.number_format import (
     MISSING,
-    PERCENTAGES,
     format_bytes,
     format_count,
     format_difference,
@@ -23,7 +23,7 @@ from trimtab.report.number_format import (
     format_seconds,
     format_share,
 )
-from trimtab.report.wording import METRIC_MEANINGS, METRIC_TITLES, SYSTEM_MEANINGS, TUNED_MEANING, metric_word
+from trimtab.report.wording import METRIC_TITLES, SYSTEM_MEANINGS, TUNED_MEANING, metric_meaning, metric_word
 
 SPLITS = ("train", "validation", "test")
 
@@ -72,7 +72,8 @@ def _system_cell(system: System) -> Cell:
 
 def score_table(content: Content) -> Table:
     metrics = [name for name in METRIC_TITLES if any(name in system.scores for system in content.systems)]
-    columns = [Column(METRIC_TITLES[name] + _unit(name), METRIC_MEANINGS[name]) for name in metrics]
+    task = content.study.get("task")
+    columns = [Column(METRIC_TITLES[name] + _unit(name), metric_meaning(task, name)) for name in metrics]
     lines = []
     for system in content.systems:
         scores = [(name, system.scores.get(name)) for name in metrics]
@@ -85,7 +86,7 @@ def score_table(content: Content) -> Table:
 
 
 def _unit(metric: str) -> str:
-    return "" if metric in PERCENTAGES else " ↓"
+    return " ↓" if metric in LOWER_IS_BETTER else ""
 
 
 _COSTS: list[tuple[str, str, Callable[[float | None], str], str]] = [
@@ -260,7 +261,7 @@ def _precision_words(scores: dict[str, Any]) -> str:
     pairs = [
         f"{metric_word(name)} {format_score(name, finite(trained.get(name)))} "
         f"(in float32 {format_score(name, finite(whole.get(name)))})"
-        for name in ("accuracy", "perplexity", "loss")
+        for name in ("accuracy", "f1", "perplexity", "rmse", "loss")
         if name in trained
     ]
     return "; ".join(pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trimtab.methods.table import METHODS
 from trimtab.report.content import Content, Contrast, System
 from trimtab.report.number_format import (
     format_contrast,
@@ -13,8 +14,14 @@ from trimtab.report.number_format import (
 
 METRIC_TITLES = {
     "perplexity": "Perplexity",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "r2": "R²",
+    "pearson": "Pearson",
     "accuracy": "Accuracy",
     "f1": "F1",
+    "f1_macro": "Macro F1",
+    "exact_match": "Exact match",
     "precision": "Precision",
     "recall": "Recall",
     "loss": "Loss",
@@ -22,7 +29,8 @@ METRIC_TITLES = {
     "token_accuracy": "Token accuracy",
 }
 METRIC_WORDS = {"accuracy": "accuracy", "f1": "macro F1", "loss": "loss", "brier": "the Brier score",
-                "perplexity": "perplexity", "token_accuracy": "token accuracy"}  # fmt: skip
+                "perplexity": "perplexity", "token_accuracy": "token accuracy", "rmse": "the root mean squared error",
+                "exact_match": "exact match"}  # fmt: skip
 METRIC_MEANINGS = {
     "perplexity": "e to the mean loss of a token: among how many equally likely tokens the model is left to choose; "
     "lower is better.",
@@ -33,10 +41,38 @@ METRIC_MEANINGS = {
     "recall": "Of the rows that truly have a label, the share that was given it; averaged over the classes.",
     "loss": "Mean negative log-likelihood of the truth (a label, or a token), in nats; lower is better. "
     "It punishes being sure and wrong.",
+    "f1_macro": "F1 of each label, averaged with equal weight over the labels that occur.",
+    "exact_match": "Share of test rows with all labels right, and none too many.",
+    "rmse": "Root of the mean squared difference from the true value, in the data's own units; lower is better.",
+    "mae": "Mean absolute difference from the true value, in the data's own units; lower is better.",
+    "r2": "Share of the true values' variance that is explained; 0 is what their mean does.",
+    "pearson": "Correlation of the given with the true values, -1 to 1.",
     "brier": "Mean squared distance of the probabilities from the truth, 0 to 2; lower is better.",
+}
+# What differs from the above where the rows bear something else than one label each.
+TASK_MEANINGS = {
+    "multilabel": {
+        "f1": "Harmonic mean of precision and recall over all labels together (micro).",
+        "precision": "Of the labels given, the share that is true; over all labels together.",
+        "recall": "Of the true labels, the share that was given; over all labels together.",
+        "loss": "Mean binary cross-entropy of a label, in nats; lower is better.",
+    },
+    "regression": {"loss": "Mean squared error; lower is better."},
+    "token_classification": {
+        "f1": "Harmonic mean of precision and recall over whole entities, as seqeval counts them.",
+        "precision": "Of the entities given, the share that is true in extent and kind.",
+        "recall": "Of the true entities, the share that was found in extent and kind.",
+        "accuracy": "Share of words with the right tag.",
+        "loss": "Mean negative log-likelihood of a word's tag, in nats; lower is better.",
+    },
 }
 SYSTEM_MEANINGS = {
     "majority-class": "Always gives the most frequent label of the training rows; the least that counts.",
+    "label-shares": "Gives each label its share in the training rows, whatever the text.",
+    "mean-value": "Always gives the mean of the training rows; the least that counts.",
+    "majority-tag": "Always gives the most frequent tag of the training words.",
+    "word-tags": "Gives each word the tag that it has most often in the training rows.",
+    "tfidf-ridge-regression": "A linear model on word frequencies: no neural network, fitted in seconds.",
     "tfidf-logistic-regression": "A linear classifier on word frequencies: no neural network, fitted in seconds.",
     "linear-probe": "A linear classifier on what the frozen base model makes of each text: what the base "
     "already knows, without tuning it.",
@@ -47,7 +83,6 @@ SYSTEM_MEANINGS = {
 TUNED_MEANING = "The base model with the trained adapter, and head where that is new, loaded again from the files."
 # A headline names the reason; the training section has it whole.
 _REASON_CHARACTERS = 160
-METHOD_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "ia3": "IA³"}
 
 
 def metric_word(metric: str) -> str:
@@ -55,7 +90,15 @@ def metric_word(metric: str) -> str:
 
 
 def method_title(method: object) -> str:
-    return METHOD_TITLES.get(str(method), str(method)) if method else "the adapter"
+    """A method's name in a sentence."""
+    if not method:
+        return "the adapter"
+    row = METHODS.get(str(method))
+    return row.short_title.split(", ")[0] if row else str(method)
+
+
+def metric_meaning(task: object, metric: str) -> str:
+    return TASK_MEANINGS.get(str(task), {}).get(metric) or METRIC_MEANINGS[metric]
 
 
 def headline(content: Content) -> str:

@@ -11,6 +11,9 @@ from trimtab.data import Row
 from trimtab.tasks.causal_lm import CausalLM
 from trimtab.tasks.classification import Classification
 from trimtab.tasks.examples import Batch, EncodedRows, Forward
+from trimtab.tasks.multilabel import Multilabel
+from trimtab.tasks.regression import Regression
+from trimtab.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task", "get_task"]
 
@@ -22,10 +25,21 @@ class Task(Protocol):
     its head is new, and starts at a linear probe.
     """
 
-    name: str
-    peft_type: str
-    auto_class: str
-    has_probe: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def peft_type(self) -> str: ...
+
+    @property
+    def auto_class(self) -> str: ...
+
+    @property
+    def has_probe(self) -> bool: ...
+
+    def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:
+        """What the config of a model with a new head has to say; empty where the model's own head stays."""
+        ...
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, model: Any, max_length_tokens: int) -> EncodedRows: ...
 
@@ -42,7 +56,9 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), CausalLM())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classification(), Multilabel(), Regression(), TokenClassification(), CausalLM())
+}
 
 
 def get_task(name: str) -> Task:

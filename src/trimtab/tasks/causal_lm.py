@@ -27,6 +27,9 @@ class CausalLM:
     auto_class = "AutoModelForCausalLM"
     has_probe = False
 
+    def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:
+        return {}
+
     def encode(self, rows: Sequence[Row], tokenizer: Any, model: Any, max_length_tokens: int) -> EncodedRows:
         encoder = _Encoder(tokenizer, max_length_tokens)
         examples: list[Example] = []

@@ -1,4 +1,4 @@
-"""Classification: texts to tokens and one label each, cross-entropy, and probabilities.
+"""Classification: one label a text, cross-entropy, and probabilities.
 
 How a stock classification model turns pooled states into logits is in `heads`.
 """
@@ -6,6 +6,7 @@ How a stock classification model turns pooled states into logits is in `heads`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +14,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimtab.data import Row
-from trimtab.errors import DataError
-from trimtab.tasks.examples import Batch, EncodedRows, Example, Forward
-from trimtab.tasks.heads import pools_last_token
+from trimtab.tasks.examples import Batch, EncodedRows, Forward
+from trimtab.tasks.sequences import encode_texts
 
 
+@dataclass(frozen=True)
 class Classification:
-    """One label a text; the head reads one token of it."""
+    """One label a text; the head reads one token of it. `class_weights` weigh each class's loss, None all alike."""
+
+    class_weights: Tensor | None = None
 
     name = "classification"
     peft_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"
     has_probe = True
 
+    def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:
+        return {**name_labels(label_names), "problem_type": "single_label_classification"}
+
     def encode(self, rows: Sequence[Row], tokenizer: Any, model: Any, max_length_tokens: int) -> EncodedRows:
-        return encode_rows(rows, tokenizer, max_length_tokens, pools_last_token(model), model.config.pad_token_id)
+        return encode_texts(rows, [row.label for row in rows], tokenizer, model, max_length_tokens)
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        return classification_loss(forward.logits(batch), batch.labels)
+        return classification_loss(forward.logits(batch), batch.labels, self.class_weights)
 
     def outputs(self, forward: Forward, batch: Batch) -> Tensor:
         """Logits [texts, classes]."""
@@ -42,39 +48,28 @@ class Classification:
         return {"loss": float(classification_loss(outputs, labels)), "accuracy": accuracy, "score": accuracy}
 
 
-def encode_rows(
-    rows: Sequence[Row], tokenizer: Any, max_length_tokens: int, pools_last: bool, pad_token_id: int | None
-) -> EncodedRows:
-    """Tokenise rows, cut to `max_length_tokens`, and mark the pooled token of each.
-
-    A decoder is read at the last token that is not padding, exactly as transformers does
-    (a text may end with the padding token itself); an encoder at its first token.
-
-    Raises:
-        DataError: a text that gives no token.
-    """
-    texts = [row.text for row in rows]
-    pairs = [row.text_pair for row in rows] if rows and rows[0].text_pair is not None else None
-    encoded = tokenizer(texts, pairs, truncation=False, return_attention_mask=False, verbose=False)
-    full_lengths = list(map(len, encoded["input_ids"]))
-    truncated = sum(length > max_length_tokens for length in full_lengths)
-    if truncated:
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length_tokens, return_attention_mask=False)
-    types = encoded.get("token_type_ids")
-    examples = []
-    for i, (row, ids) in enumerate(zip(rows, encoded["input_ids"], strict=True)):
-        if not ids:
-            raise DataError(f"row {row.id}: the tokenizer gives no token for {row.text[:40]!r}; remove the row")
-        pooled = 0
-        if pools_last:
-            pooled = max((k for k, token in enumerate(ids) if token != pad_token_id), default=0)
-        examples.append(Example(ids, types[i] if types else None, [pooled], [row.label]))
-    return EncodedRows(examples, list(range(len(rows))), truncated)
+def name_labels(label_names: Sequence[str]) -> dict[str, Any]:
+    """What a stock config says of its labels."""
+    return {
+        "num_labels": len(label_names),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: number for number, name in enumerate(label_names)},
+    }
 
 
-def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of `logits` [rows, classes] against `labels` [rows]."""
-    return F.cross_entropy(logits.float(), labels)
+def classification_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of `logits` [rows, classes] against `labels` [rows], each row times its class's weight."""
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), labels)
+    # A mean over rows, not over weights: parts of a batch then add up to the whole.
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return (losses * class_weights.to(losses.device)[labels]).mean()
+
+
+def balance_classes(labels: Sequence[int], classes: int) -> Tensor:
+    """[classes] weights inverse to their shares, of mean 1 over the rows (King & Zeng 2001, section 4.2)."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes).clamp_min(1)
+    return len(labels) / (classes * counts.float())
 
 
 def probabilities_of(logits: Tensor) -> Tensor:

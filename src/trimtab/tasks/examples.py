@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: the head reads the states at `positions`, and shall say `labels` there, one each."""
+    """One sequence: the head reads the states at `positions`, and shall say `labels` there, one each.
+
+    A label is a number of a class or token, a value, or a list of yes (1.0) and no (0.0).
+    """
 
     input_ids: list[int]
     token_type_ids: list[int] | None
     positions: list[int]
-    labels: list[int]
+    labels: list[Any]
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -28,6 +34,11 @@ class EncodedRows:
     examples: list[Example]
     rows: list[int]
     truncated: int
+
+    @cached_property
+    def labels(self) -> NDArray[Any]:
+        """[positions], or [positions, columns]: every label, in the examples' order."""
+        return np.array([label for example in self.examples for label in example.labels])
 
     @property
     def tokens(self) -> int:

@@ -64,6 +64,9 @@ def logits_from_pooled(model: Any, pooled: Tensor) -> Tensor:
     backbone = backbone_of(model)
     if is_language_model(model):
         logits = readout_of(model).logits(pooled)
+    elif type(model).__name__.endswith("ForTokenClassification"):
+        states = model.head(pooled) if hasattr(model, "head") else pooled  # ModernBERT has a layer before it
+        logits = (model.score if hasattr(model, "score") else model.classifier)(states)
     elif hasattr(model, "score"):  # Llama, GPT-2 and every other decoder
         logits = model.score(pooled)
     elif hasattr(model, "pre_classifier"):  # DistilBERT

@@ -8,13 +8,13 @@ from trimtab.evaluation.evaluate import Scorer
 from trimtab.job import EncodedSplits, Job
 from trimtab.runs import RunFolder
 from trimtab.tasks import Task
-from trimtab.untuned import causal_lm, classification
+from trimtab.untuned import causal_lm, labelled
 
 __all__ = ["score_untuned", "untuned_are_scored"]
 
 
 def untuned_are_scored(run: RunFolder, task: Task) -> bool:
-    names = classification.SYSTEMS if task.has_probe else causal_lm.SYSTEMS
+    names = labelled.systems_of(task.name) if task.has_probe else causal_lm.SYSTEMS
     return all(run.baseline(name).is_scored for name in names)
 
 
@@ -25,5 +25,5 @@ def score_untuned(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: N
         causal_lm.score_base(job, scorer, encoded)
         return None
     with job.timed("text baselines"):
-        classification.score_text_baselines(job)
-    return classification.score_base(job, scorer, encoded, precision)
+        labelled.score_text_systems(job, encoded)
+    return labelled.score_base(job, scorer, encoded, precision)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import torch
 
-from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict, record_system, scoring_cost
+from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict_outputs, record_system, scoring_cost
 from trimtab.evaluation.token_predictions import token_predictions_for
 from trimtab.job import EncodedSplits, Job
-from trimtab.tasks.examples import EncodedRows
 
 SYSTEMS = ("token-frequencies", "base-model")
 
@@ -21,9 +19,9 @@ def score_token_frequencies(job: Job, encoded: EncodedSplits, vocabulary: int) -
     if folder.is_scored:
         return
     started = time.perf_counter()
-    counts = np.bincount(_labels(encoded.train), minlength=vocabulary) + 1.0
+    counts = np.bincount(encoded.train.labels, minlength=vocabulary) + 1.0
     losses = -np.log(counts / counts.sum())
-    labels = _labels(encoded.test)
+    labels = encoded.test.labels
     of_row = np.repeat(encoded.test.rows, [len(example.labels) for example in encoded.test.examples])
     hits = (labels == int(counts.argmax())).astype(np.float64)
     predictions = token_predictions_for([row.id for row in job.data.test], of_row, losses[labels], hits)
@@ -45,8 +43,5 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits) -> None:
         "trainable_percent": 0.0,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    record_system(folder, predict(job.data.test, encoded.test, [], scores), title="base model", kind="base", cost=cost)
-
-
-def _labels(encoded: EncodedRows) -> np.ndarray:
-    return torch.tensor([label for example in encoded.examples for label in example.labels]).numpy()
+    predictions = predict_outputs(job.task, job.data.test, encoded.test, [], scores.outputs)
+    record_system(folder, predictions, title="base model", kind="base", cost=cost)

@@ -8,7 +8,6 @@ from trimtab.engine.forward import choose_forward
 from trimtab.engine.frozen import trainable_parameters
 from trimtab.engine.fused import native, precision
 from trimtab.engine.fused.precision import quantise_stack
-from trimtab.engine.lower_precision import measure_gain
 from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision
 from trimtab.progress import Silent
 from trimtab.tasks import get_task
@@ -108,18 +107,6 @@ def test_the_choice_draws_nothing_from_the_generator(case, training):
         drawn = torch.rand(1)
         torch.manual_seed(3)
         assert torch.equal(drawn, torch.rand(1)), wanted
-
-
-def test_auto_takes_int8_where_it_pays(case, monkeypatch):
-    gain = measure_gain(case.choice.forward.model, "int8")
-    assert 0 < gain < 100
-    assert all(group.weight.int8 is None for group in case.stack.groups)
-    monkeypatch.setattr(native, "has_int8", lambda: True)
-    chosen = {}
-    for needed in (gain / 1e3, gain * 1e3):
-        monkeypatch.setattr("trimtab.precision.INT8_PAYS", needed)
-        chosen[needed > gain] = choose_precision("auto", case.choice.forward, Silent())
-    assert chosen == {False: "int8", True: "float32"}
 
 
 def test_scoring_in_int8_measures_outputs_alone(case):
