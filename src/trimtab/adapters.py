@@ -124,7 +124,8 @@ def load_scorer(study: StudyConfig, trial: TrialFolder, progress: Progress) -> t
     is_whole = not get_method(study.method).is_adapter
     if is_whole:
         source = ModelSource(study.model, str(trial.adapter), True)
-    base = load_base(source, task.auto_class, task.head_settings(facts["label_names"]), study.seed)
+    head = task.head_settings(facts["label_names"])
+    base = load_base(source, task.auto_class, head, study.seed, "none" if is_whole else study.quantize)
     scorer = make_scorer(task, base, study.max_length_tokens, progress, virtual_tokens_of(study))
     if is_whole:
         return scorer, WholeModel(base.model).eval()

@@ -5,16 +5,19 @@ Weights are read here and nowhere else. Where models come from is in `sources`.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from trimtab.errors import SourceError
+from trimtab.errors import SourceError, StudyError
 from trimtab.sources import ModelSource
+from trimtab.study_config import Quantize
 
 # peft matches `modules_to_save` by the end of a module's name.
 _HEADS = ("score", "classifier")
@@ -50,6 +53,7 @@ def quiet_libraries() -> None:
     for said in (".*Failed to load the CUDA extension", ".*boft_n_butterfly_factor", "Unsupported layer type",
                  "Sparse invariant checks"):  # fmt: skip
         warnings.filterwarnings("ignore", message=said, category=UserWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a processor it tells every call of every layer
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -125,8 +129,13 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def load_base(source: ModelSource, auto_class: str, head_settings: dict[str, Any], seed: int) -> BaseModel:
+def load_base(
+    source: ModelSource, auto_class: str, head_settings: dict[str, Any], seed: int, quantize: Quantize = "none"
+) -> BaseModel:
     """Load a base in float32 and eval mode, with a fresh, seeded head where there are settings for one.
+
+    Args:
+        quantize: keep the linears of its layers in 8 or 4 bits.
 
     Raises:
         SourceError: weights that cannot be read, or that are mostly not there.
@@ -143,6 +152,7 @@ def load_base(source: ModelSource, auto_class: str, head_settings: dict[str, Any
             ignore_mismatched_sizes=bool(head_settings),
             output_loading_info=True,
             **head_settings,
+            **_quantization_settings(quantize),
         )
     except Exception as error:  # safetensors, torch and transformers each raise their own
         raise SourceError(f"{source.name}: its weights cannot be read: {str(error).splitlines()[0]}") from error
@@ -157,8 +167,44 @@ def load_base(source: ModelSource, auto_class: str, head_settings: dict[str, Any
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
-    model.eval().to(PartialState().device)
+    model.eval()
+    if quantize == "none":  # bitsandbytes has put the others in their place
+        model.to(PartialState().device)
     return BaseModel(model, tokenizer, source, new_modules)
+
+
+def _quantization_settings(quantize: Quantize) -> dict[str, Any]:
+    """Heads stay as they are: they are what is trained."""
+    if quantize == "none":
+        return {}
+    import transformers
+
+    kept = [*_HEADS, "lm_head", "pre_classifier"]
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=quantize == "8bit",
+        load_in_4bit=quantize == "4bit",
+        llm_int8_skip_modules=kept,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return {"quantization_config": config}
+
+
+def count_parameters(model: Any) -> int:
+    """Parameters of the model, of which 4-bit ones are packed."""
+    counts = ((type(parameter).__name__ == "Params4bit", parameter) for parameter in model.parameters())
+    return sum(p.numel() * 2 * p.element_size() if is_packed else p.numel() for is_packed, p in counts)
+
+
+def check_quantize(quantize: Quantize) -> None:
+    """Refuse a quantised base where the package for it is missing.
+
+    Raises:
+        StudyError: with what to install.
+    """
+    if quantize != "none" and find_spec("bitsandbytes") is None:
+        raise StudyError(f"quantize: {quantize} needs bitsandbytes, which is missing; pip install 'trimtab[quant]'")
 
 
 def _modules_of(missing_keys: Sequence[str]) -> list[str]:

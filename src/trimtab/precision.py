@@ -15,12 +15,17 @@ from trimtab.engine.fused.stack import LayerStack
 from trimtab.engine.lower_precision import linears_by_place, lower_linears, measure_gain
 from trimtab.machine import INT8_PAYS
 from trimtab.progress import Progress
-from trimtab.study_config import Precision
+from trimtab.study_config import StudyConfig
 from trimtab.tasks import Task
 
 
-def choose_precision(wanted: Precision, forward: Forward, progress: Progress) -> NumberFormat:
-    """The number format in which this forward's frozen layers shall compute; says why where that is not `wanted`."""
+def choose_precision(study: StudyConfig, forward: Forward, progress: Progress) -> NumberFormat:
+    """The number format in which this forward's frozen layers shall compute; says why where that is not the study's."""
+    wanted = study.precision
+    if study.quantize != "none":
+        if wanted != "float32":
+            progress.note(f"precision is left alone: the base is held in {study.quantize}")
+        return "float32"
     on_cpu = next(forward.model.parameters()).device.type == "cpu"
     if wanted == "int8" and not (on_cpu and native.is_available()):
         progress.note("frozen layers in float32: int8 needs a processor and a C++ compiler, not a GPU")

@@ -21,7 +21,7 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.job import EncodedSplits, Job
 from trimtab.machine import describe_machine, git_state, package_versions, set_threads
 from trimtab.methods import check_method, get_method, virtual_tokens_of
-from trimtab.models import build_without_weights, load_base, quiet_libraries
+from trimtab.models import build_without_weights, check_quantize, load_base, quiet_libraries
 from trimtab.precision import choose_precision
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
@@ -83,6 +83,7 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False)
     run.check_free(study.to_yaml(), overwrite)
     progress.stage("Reading the data")
     data = prepare_data(study, progress)
+    check_quantize(study.quantize)
     source = locate_model(study.model, progress)
     check_model(source, study, task)
     if study.class_weight:
@@ -118,10 +119,11 @@ def check_model(source: ModelSource, study: StudyConfig, task: Task) -> None:
 def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     job.progress.stage(f"Loading {job.study.model}")
     with job.timed("load base"):
-        base = load_base(job.source, job.task.auto_class, job.task.head_settings(job.data.label_names), job.study.seed)
+        head = job.task.head_settings(job.data.label_names)
+        base = load_base(job.source, job.task.auto_class, head, job.study.seed, job.study.quantize)
         reserved = virtual_tokens_of(job.study)
         scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress, reserved)
-        precision = choose_precision(job.study.precision, scorer.choice.forward, job.progress)
+        precision = choose_precision(job.study, scorer.choice.forward, job.progress)
         base_sha256 = fingerprint_model(job.source)
         facts = {
             "base": job.study.model,

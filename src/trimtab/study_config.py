@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.errors import StudyError, suggest
 
 Task = Literal["classification", "multilabel", "regression", "token_classification", "causal_lm"]
+Quantize = Literal["none", "8bit", "4bit"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "auto"]
 
 
@@ -105,6 +106,11 @@ class StudyConfig(BaseModel):
         description="Number format of the frozen layers in training: float32, int8, bfloat16, float16 (layers whose "
         "error is within bounds), or auto: int8 or bfloat16 where this machine multiplies it at least twice as fast. "
         "Scores are always float32.",
+    )
+    quantize: Quantize = Field(
+        "none",
+        description="Keep the base's linears in 8 or 4 bits (bitsandbytes; nf4 with double quantisation): less memory, "
+        "slower. Every system of the run is then scored on that base.",
     )
     out: str | None = Field(None, description="Run folder; runs/<model>-<data>-<method> if missing.")
 

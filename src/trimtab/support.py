@@ -91,7 +91,7 @@ def probe(method: str, task_name: str, family: str) -> Support:
     except ValueError as error:
         return Support(method, task_name, family, False, str(error))
     try:
-        _train(model, task, small_study(method, task_name))
+        train_two_steps(model, task, small_study(method, task_name))
     except MethodError as error:
         return Support(method, task_name, family, False, str(error).partition(": ")[2])
     except (StudyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
@@ -160,7 +160,12 @@ _EXAMPLES: dict[str, Callable[[list[int], int, Any], Example]] = {
 }
 
 
-def _train(model: Any, task: Task, study: StudyConfig) -> None:
+def train_two_steps(model: Any, task: Task, study: StudyConfig) -> None:
+    """Attach the study's method to `model` and train it on four texts.
+
+    Raises:
+        MethodError, or what peft and torch raise; ValueError where the loss is not finite or a gradient missing.
+    """
     choice = choose_forward(model, 0, 16, False)
     peft_model = attach_adapter(model, study, head_names(model) if task.has_probe else [])
     choice = prepare_adapted(peft_model, choice)

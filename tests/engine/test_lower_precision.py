@@ -12,6 +12,7 @@ from trimtab.engine.fused import native, precision
 from trimtab.engine.lower_precision import linears_by_place
 from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision, use_trained_precision
 from trimtab.progress import Silent
+from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 
 needs_compiler = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: no int8")
@@ -100,12 +101,12 @@ def test_auto_takes_the_format_that_pays_most(tiny_model, monkeypatch):
     gains = {"int8": 3.0, "bfloat16": 2.5}
     monkeypatch.setattr("trimtab.precision.measure_gain", lambda model, number_format: gains[number_format])
     monkeypatch.setattr(native, "has_int8", lambda: True)
-    assert choose_precision("auto", case.forward, Silent()) == "int8"
+    assert choose_precision(build_study({"precision": "auto"}), case.forward, Silent()) == "int8"
     gains["bfloat16"] = 4.0
-    assert choose_precision("auto", case.forward, Silent()) == "bfloat16"
+    assert choose_precision(build_study({"precision": "auto"}), case.forward, Silent()) == "bfloat16"
     monkeypatch.setattr(native, "has_int8", lambda: False)
     gains["bfloat16"] = 1.9
-    assert choose_precision("auto", case.forward, Silent()) == "float32"
+    assert choose_precision(build_study({"precision": "auto"}), case.forward, Silent()) == "float32"
 
 
 @pytest.mark.parametrize("number_format", FORMATS)

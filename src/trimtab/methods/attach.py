@@ -58,6 +58,8 @@ def build_config(
             or sizes that suit none of its layers.
     """
     method = get_method(study.method)
+    if study.quantize in method.refused_bits:
+        raise MethodError(f"{method.name} cannot be trained on a base in {study.quantize} (quantize)")
     targets = find_target_modules(model, study.target_modules, method)
     layers = find_layers(model, study.layers_to_transform)
     options = _options(method, study)

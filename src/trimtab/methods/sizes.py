@@ -40,5 +40,7 @@ def _shapes(model: Any, targets: Sequence[str] | str) -> set[tuple[int, int]]:
 
 def shape_of(linear: Any) -> tuple[int, int]:
     """(inputs, outputs), whichever way the weight is stored."""
-    outputs, inputs = linear.weight.shape
-    return (outputs, inputs) if hasattr(linear, "nf") else (inputs, outputs)
+    if hasattr(linear, "nf"):  # Conv1D
+        inputs, outputs = linear.weight.shape
+        return inputs, outputs
+    return linear.in_features, linear.out_features  # a quantised weight is packed

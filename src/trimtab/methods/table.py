@@ -40,6 +40,7 @@ class Method:
     size: SizeRule | None = None
     starts_at_base: bool = True
     rates: Callable[[str], float] | None = None
+    refused_bits: tuple[str, ...] = ()  # quantised bases that it cannot train on
 
     @property
     def short_title(self) -> str:
@@ -54,6 +55,7 @@ _RANK = {"r": "r"}
 _LORA = {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 _LORA_OPTIONS = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 _VIRTUAL_TOKENS = 20
+_ALL_BITS = ("8bit", "4bit")
 
 
 def _lora_plus(name: str) -> float:
@@ -71,18 +73,19 @@ _ROWS = (
     Method("rslora", "rank-stabilised LoRA (Kalajdzievski 2023)", "LORA", 1e-3, settings=_LORA,
            options=_LORA_OPTIONS | {"use_rslora": True}),
     Method("dora", "weight-decomposed LoRA (Liu et al. 2024)", "LORA", 2e-3, settings=_LORA,
-           options=_LORA_OPTIONS | {"use_dora": True}),
+           options=_LORA_OPTIONS | {"use_dora": True}, refused_bits=("8bit",)),
     Method("pissa", "PiSSA, LoRA from the principal singular vectors (Meng et al. 2024)", "LORA", 1e-3, settings=_LORA,
            options=_LORA_OPTIONS | {"init_lora_weights": "pissa", "lora_alpha": 8, "lora_dropout": 0.0},
-           size=SizeRule("r", lambda r, inputs, outputs: r <= min(inputs, outputs))),
+           size=SizeRule("r", lambda r, inputs, outputs: r <= min(inputs, outputs)), refused_bits=_ALL_BITS),
     Method("loraplus", "LoRA+ (Hayou et al. 2024)", "LORA", 5e-4, settings=_LORA, options=_LORA_OPTIONS,
            rates=_lora_plus),
     Method("adalora", "AdaLoRA (Zhang et al. 2023)", "ADALORA", 5e-3,
            settings={"r": "target_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
            options={"target_r": 8, "lora_alpha": 16, "lora_dropout": 0.05}),
     Method("ia3", "(IA)3 (Liu et al. 2022)", "IA3", 1e-2, places="keys_values_feedforward"),
-    Method("loha", "LoHa, Hadamard products (Hyeon-Woo et al. 2022)", "LOHA", 2e-3, settings=_RANK),
-    Method("lokr", "LoKr, Kronecker products (Yeh et al. 2024)", "LOKR", 2e-3, settings=_RANK),
+    Method("loha", "LoHa, Hadamard products (Hyeon-Woo et al. 2022)", "LOHA", 2e-3, settings=_RANK,
+           refused_bits=("4bit",)),
+    Method("lokr", "LoKr, Kronecker products (Yeh et al. 2024)", "LOKR", 2e-3, settings=_RANK, refused_bits=("4bit",)),
     Method("vera", "VeRA, scaled random matrices (Kopiczko et al. 2024)", "VERA", 2e-2, settings=_RANK),
     Method("oft", "OFT, orthogonal blocks (Qiu et al. 2023)", "OFT", 2e-3,
            size=SizeRule("oft_block_size", lambda size, inputs, outputs: size > 1 and inputs % size == 0)),
@@ -90,7 +93,7 @@ _ROWS = (
            size=SizeRule("boft_block_size",
                          lambda size, inputs, outputs: size > 1 and size % 2 == 0 and inputs % (2 * size) == 0)),
     Method("hra", "HRA, Householder reflections (Yuan et al. 2024)", "HRA", 2e-3, settings=_RANK,
-           size=SizeRule("r", lambda r, inputs, outputs: r % 2 == 0 and r <= inputs)),
+           size=SizeRule("r", lambda r, inputs, outputs: r % 2 == 0 and r <= inputs), refused_bits=("4bit",)),
     Method("fourierft", "FourierFT (Gao et al. 2024)", "FOURIERFT", 2e-2, options={"init_weights": True},
            size=SizeRule("n_frequency", lambda count, inputs, outputs: count <= inputs * outputs)),
     Method("miss", "MiSS, shared shards (Kang & Yin 2024)", "MISS", 1e-3, settings=_RANK,
@@ -100,7 +103,8 @@ _ROWS = (
            starts_at_base=False, rates=_vector_bank,
            size=SizeRule("vector_length", lambda size, inputs, outputs: inputs % size == outputs % size == 0)),
     Method("c3a", "C3A, circular convolutions (Chen et al. 2025)", "C3A", 2e-2, options={"init_weights": True},
-           size=SizeRule("block_size", lambda size, inputs, outputs: inputs % size == outputs % size == 0)),
+           size=SizeRule("block_size", lambda size, inputs, outputs: inputs % size == outputs % size == 0),
+           refused_bits=("8bit",)),
     Method("shira", "SHiRA, sparse high rank (Bhardwaj et al. 2024)", "SHIRA", 2e-3, settings=_RANK,
            options={"random_seed": 0},
            size=SizeRule("r", lambda r, inputs, outputs: r * (inputs + outputs) <= inputs * outputs)),
@@ -117,7 +121,7 @@ _ROWS = (
            options={"num_virtual_tokens": _VIRTUAL_TOKENS}, starts_at_base=False),
     Method("adaption_prompt", "LLaMA-Adapter (Zhang et al. 2023)", "ADAPTION_PROMPT", 1e-2, places="none",
            options={"adapter_len": 10}),
-    Method("full", "full fine-tuning, no adapter", "", 2e-4, places="none"),
+    Method("full", "full fine-tuning, no adapter", "", 2e-4, places="none", refused_bits=_ALL_BITS),
 )  # fmt: skip
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})

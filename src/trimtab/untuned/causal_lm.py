@@ -9,6 +9,7 @@ import numpy as np
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict_outputs, record_system, scoring_cost
 from trimtab.evaluation.token_predictions import token_predictions_for
 from trimtab.job import EncodedSplits, Job
+from trimtab.models import count_parameters
 
 SYSTEMS = ("token-frequencies", "base-model")
 
@@ -36,7 +37,7 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits) -> None:
         return
     job.progress.stage("Scoring the base: test")
     scores = scorer.score(encoded.test, job.progress)
-    parameters = sum(parameter.numel() for parameter in scorer.base.model.parameters())
+    parameters = count_parameters(scorer.base.model)
     cost = scoring_cost(scores, len(job.data.test)) | {
         "total_parameters": parameters,
         "trainable_parameters": 0,

@@ -25,6 +25,7 @@ from trimtab.evaluation.evaluate import (
     scoring_cost,
 )
 from trimtab.job import EncodedSplits, Job
+from trimtab.models import count_parameters
 from trimtab.precision import use_float32, use_precision
 from trimtab.runs import write_file
 
@@ -107,7 +108,7 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: Numb
     seconds = time.perf_counter() - started
     use_float32(forward)
     assert test.features is not None
-    parameters = sum(parameter.numel() for parameter in scorer.base.model.parameters())
+    parameters = count_parameters(scorer.base.model)
     base_cost = scoring_cost(test, len(data.test)) | {
         "total_parameters": parameters,
         "peak_memory_bytes": peak_memory_bytes(),

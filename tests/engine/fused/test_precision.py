@@ -10,6 +10,7 @@ from trimtab.engine.fused import native, precision
 from trimtab.engine.fused.precision import quantise_stack
 from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision
 from trimtab.progress import Silent
+from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.classification import classification_loss
 from trimtab.tasks.examples import Example
@@ -101,7 +102,7 @@ def test_the_choice_draws_nothing_from_the_generator(case, training):
     batch = pack(case.examples, case.choice)
     for wanted in ("float32", "int8", "auto"):
         torch.manual_seed(3)
-        chosen = choose_precision(wanted, case.choice.forward, Silent())
+        chosen = choose_precision(build_study({"precision": wanted}), case.choice.forward, Silent())
         use_precision(chosen, get_task("classification"), case.choice.forward, batch, Silent(), training=training)
         use_float32(case.choice.forward)
         drawn = torch.rand(1)

@@ -1,0 +1,132 @@
+"""Every method of the table at its defaults: where it starts and where it ends on validation rows.
+
+    python benchmarks/methods.py                       MiniLM on film reviews, about a quarter of an hour
+    python benchmarks/methods.py --only lora ia3
+
+Writes benchmarks/results/methods.json and docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.data import PreparedData, prepare_data
+from trimtab.engine.batches import TrainingPlan
+from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.loop import make_state
+from trimtab.evaluation.evaluate import fit_probe, make_scorer
+from trimtab.job import EncodedSplits
+from trimtab.machine import describe_machine, package_versions, set_threads
+from trimtab.methods import METHODS, get_method, learning_rate_of, make_schedule, virtual_tokens_of
+from trimtab.models import load_base, quiet_libraries
+from trimtab.progress import Silent
+from trimtab.runs import TrialFolder
+from trimtab.sources import locate_model
+from trimtab.study_config import StudyConfig, build_study
+from trimtab.tasks import get_task
+from trimtab.tuning import run_loop, start_adapter
+
+HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results" / "methods.json", HERE.parent / "docs" / "methods.md"
+SETTINGS = {"model": "starter:minilm-l6", "max_train_rows": 2000, "max_validation_rows": 900, "num_train_epochs": 2}
+
+
+def tune_method(study: StudyConfig, data: PreparedData, work: Path) -> dict[str, Any]:
+    """Start, best and speed of one method on validation rows; the base is loaded anew."""
+    task, method = get_task(study.task), get_method(study.method)
+    source = locate_model(study.model, Silent())
+    base = load_base(source, task.auto_class, task.head_settings(data.label_names), study.seed)
+    scorer = make_scorer(task, base, study.max_length_tokens, Silent(), virtual_tokens_of(study))
+    encoded = EncodedSplits(*map(scorer.encode, (data.train, data.validation, data.test[:1])))
+    probe, _ = fit_probe(scorer, encoded.train, encoded.validation)
+    torch.manual_seed(study.seed)
+    peft_model = start_adapter(study, scorer, encoded, probe, TrialFolder(work / study.method), Silent())
+    plan = TrainingPlan(scorer.collator(encoded.train), study.tokens_per_batch, study.seed, study.num_train_epochs)
+    schedule = make_schedule(method, peft_model, len(plan))
+    state = make_state(trainable_parameters(peft_model), 0.0, method.rates or (lambda name: 1.0), schedule)
+    run_loop(study, scorer, peft_model, state, plan, encoded.validation, Silent())
+    set_adapter_training(peft_model, False)
+    points = [entry for entry in state.history if "validation_loss" in entry]
+    return {
+        "method": study.method,
+        "title": method.title,
+        "learning_rate": learning_rate_of(study, peft_model),
+        "trainable_parameters": peft_model.get_nb_trainable_parameters()[0],
+        "start": points[0],
+        "best": next(point for point in points if point["step"] == state.best_step),
+        "last": points[-1],
+        "least_loss": min(point["validation_loss"] for point in points[1:]),
+        "tokens_per_second": state.tokens / state.seconds,
+        "forward": scorer.choice.forward.name,
+    }
+
+
+_INTRODUCTION = """# Methods at their defaults
+
+Where each method's training starts (the head at the linear probe) and where it ends, on 900 validation rows of
+film reviews that also chose its best step; MiniLM-L6, 2,000 training rows, 2 epochs, seed 0, float32, two cores.
+It shows that the defaults learn, not which method is best: for that, compare test scores over several seeds.
+`trimtab methods` shows what goes with which task and family.
+
+```sh
+python benchmarks/methods.py
+```
+
+| `--method` | what it is | trainable | rate | accuracy: start | best | loss: start | least | learnt | tokens/s |
+| --- | --- | --: | --: | --: | --: | --: | --: | --- | --: |"""
+
+
+def write_page(found: dict[str, Any]) -> None:
+    lines = [_INTRODUCTION]
+    for row in found["methods"]:
+        start, best = row["start"], row["best"]
+        learnt = "yes" if best["step"] else "loss only" if row["least_loss"] < start["validation_loss"] else "**no**"
+        lines.append(
+            f"| `{row['method']}` | {row['title']} "
+            f"| {row['trainable_parameters']:,} | {row['learning_rate']:g} "
+            f"| {start['validation_accuracy']:.1%} | {best['validation_accuracy']:.1%} "
+            f"| {start['validation_loss']:.3f} "
+            f"| {row['least_loss']:.3f} | {learnt} | {row['tokens_per_second']:,.0f} |"
+        )
+    lines += ["", "*Learnt*: some step after the start had the higher accuracy (or, of equals, the lesser loss)."]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--learning-rate", type=float, help="try another rate; writes nothing")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    set_threads()
+    warnings.simplefilter("ignore")
+    kept = json.loads(RESULTS.read_text())["methods"] if RESULTS.is_file() else []
+    rows = {row["method"]: row for row in kept}
+    data = prepare_data(build_study(SETTINGS), Silent())
+    with tempfile.TemporaryDirectory() as work:
+        for name in arguments.only:
+            settings = SETTINGS | {"method": name}
+            if arguments.learning_rate:
+                settings["learning_rate"] = arguments.learning_rate
+            rows[name] = row = tune_method(build_study(settings), data, Path(work))
+            print(f"{name:17} start {row['start']['validation_accuracy']:.4f} {row['start']['validation_loss']:.4f}  "
+                  f"best {row['best']['validation_accuracy']:.4f} at {row['best']['step']:.0f}  "
+                  f"least loss {row['least_loss']:.4f}  last {row['last']['validation_loss']:.4f}  "
+                  f"{row['tokens_per_second']:,.0f} tokens/s", flush=True)  # fmt: skip
+    if arguments.learning_rate:
+        return
+    found = {"machine": describe_machine(), "versions": package_versions(),
+             "methods": [rows[name] for name in METHODS if name in rows]}  # fmt: skip
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write_page(found)
+
+
+if __name__ == "__main__":
+    main()
