@@ -35,7 +35,7 @@ from trimtab.tuning import run_loop, start_adapter
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "methods.json", HERE.parent / "docs" / "methods.md"
-SETTINGS = {"model": "starter:minilm-l6", "max_train_rows": 2000, "max_validation_rows": 900, "num_train_epochs": 2}
+SETTINGS = {"model": "starter:minilm-l6", "max_train_rows": 1200, "max_validation_rows": 600, "num_train_epochs": 2}
 
 
 def tune_method(study: StudyConfig, data: PreparedData, work: Path) -> dict[str, Any]:
@@ -70,8 +70,8 @@ def tune_method(study: StudyConfig, data: PreparedData, work: Path) -> dict[str,
 
 _INTRODUCTION = """# Methods at their defaults
 
-Where each method's training starts (the head at the linear probe) and where it ends, on 900 validation rows of
-film reviews that also chose its best step; MiniLM-L6, 2,000 training rows, 2 epochs, seed 0, float32, two cores.
+Where each method's training starts (the head at the linear probe) and where it ends, on 600 validation rows of
+film reviews that also chose its best step; MiniLM-L6, 1,200 training rows, 2 epochs, seed 0, float32, two cores.
 It shows that the defaults learn, not which method is best: for that, compare test scores over several seeds.
 `trimtab methods` shows what goes with which task and family.
 

@@ -14,6 +14,7 @@ FLOORS = [
     "console",
     "support",
     "study",
+    "estimate",
     "report",
     "tuning",
     "untuned",

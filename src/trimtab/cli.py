@@ -9,11 +9,14 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from trimtab.errors import InputError, TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.study_config import StudyConfig
 
 app = typer.Typer(
     name="trimtab",
@@ -55,7 +58,7 @@ def _study_flags() -> list[inspect.Parameter]:
 def _takes_study_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command(**settings)` the study's flags; those not set are left out of `settings`."""
     # Reading the fields takes longer than everything else in `trimtab --help`.
-    flags = _study_flags() if "run" in sys.argv[1:] else []
+    flags = _study_flags() if {"run", "estimate"} & set(sys.argv[1:]) else []
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
     own_names = {parameter.name for parameter in own}
 
@@ -97,13 +100,8 @@ def run(
       trimtab run runs/my-run/study.yaml --seed 1 --out runs/my-run-seed-1
     """
     from trimtab.console import make_progress, show_comparison
-    from trimtab.study_config import resolve_study
 
-    if options := settings.pop("method_options", None):
-        settings["method_options"] = dict(_name_and_value(option) for option in options)
-    if settings.get("learning_rate", "auto") != "auto":
-        settings["learning_rate"] = _number("learning_rate", settings["learning_rate"])
-    resolved = resolve_study(study, settings)
+    resolved = _resolve(study, settings)
     from trimtab.study import run_study
 
     with make_progress(quiet) as progress:
@@ -112,6 +110,17 @@ def run(
         print(json.dumps(comparison, indent=1))
     else:
         show_comparison(comparison, resolved.run_folder)
+
+
+def _resolve(study: Path | None, settings: dict[str, Any]) -> StudyConfig:
+    """The study of a file and flags."""
+    from trimtab.study_config import resolve_study
+
+    if options := settings.pop("method_options", None):
+        settings["method_options"] = dict(_name_and_value(option) for option in options)
+    if settings.get("learning_rate", "auto") != "auto":
+        settings["learning_rate"] = _number("learning_rate", settings["learning_rate"])
+    return resolve_study(study, settings)
 
 
 def _name_and_value(option: str) -> tuple[str, Any]:
@@ -132,6 +141,39 @@ def _number(name: str, value: str) -> float:
         return float(value)
     except ValueError:
         raise StudyError(f"{name}: expected 'auto' or a number; received {value!r}") from None
+
+
+@app.command()
+@_takes_study_flags
+def estimate(
+    settings: Any,
+    study: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY.yaml]", help="A study file; flags override it.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a study will take before any weight is read: parameters, memory by part, disk and time.
+
+    Takes the same study and flags as `trimtab run`, and makes all of its checks.
+    """
+    from dataclasses import asdict
+
+    from trimtab.console import make_progress, show_estimate
+    from trimtab.estimate import estimate_job
+    from trimtab.machine import set_threads
+    from trimtab.models import quiet_libraries
+    from trimtab.study import check_study
+
+    resolved = _resolve(study, settings)
+    quiet_libraries()
+    set_threads()
+    with make_progress(quiet) as progress:
+        found = estimate_job(check_study(resolved, progress, claim=False))
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        show_estimate(found)
 
 
 @app.command()

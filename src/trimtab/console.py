@@ -19,6 +19,7 @@ from trimtab.report.number_format import PERCENTAGES
 from trimtab.runs import SystemFolder, read_json
 
 if TYPE_CHECKING:
+    from trimtab.estimate import Estimate
     from trimtab.support import Support
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -178,6 +179,33 @@ def show_metrics(folders: Sequence[SystemFolder]) -> None:
         record = read_json(folder.metrics)
         told = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
         out.print(f"{folder.name}: {told}")
+
+
+def show_estimate(found: Estimate) -> None:
+    """What a study will take, by part."""
+    out = _output()
+    share = found.trainable_parameters / max(1, found.total_parameters)
+    trainable, total = f"{found.trainable_parameters:,}", f"{found.total_parameters:,}"
+    out.print(f"[bold]parameters[/bold]  {trainable} trainable of {total} ({share:.2%}), "
+              f"learning rate {found.learning_rate:g}")  # fmt: skip
+    out.print(f"[bold]adapter[/bold]     {found.adapter_bytes / 2**20:,.1f} MiB; run folder about "
+              f"{found.disk_bytes / 2**20:,.1f} MiB")  # fmt: skip
+    out.print(f"[bold]memory[/bold]      about {found.peak_memory_bytes / 2**30:.2f} GiB at its peak")
+    table = Table()
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for part, size in found.memory_bytes.items():
+        table.add_row(part, f"{size / 2**30:.2f}")
+    out.print(table)
+    low, middle, high = (seconds / 60 for seconds in (found.low_seconds, found.total_seconds, found.high_seconds))
+    out.print(f"[bold]time[/bold]        about {middle:.1f} min here ({low:.1f} to {high:.1f})")
+    table = Table()
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for stage, seconds in found.seconds.items():
+        table.add_row(stage, f"{seconds:,.0f}")
+    out.print(table)
+    out.print(f"{found.train_tokens:,} tokens to train on, through the {found.forward} forward")
 
 
 def show_support(found: Sequence[Support]) -> None:

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from trimtab.errors import SourceError, StudyError
 from trimtab.sources import ModelSource
@@ -83,11 +85,12 @@ _KINDS = {
 }  # fmt: skip
 
 
-def build_without_weights(source: ModelSource, auto_class: str) -> Any:
+def build_without_weights(source: ModelSource, auto_class: str, head_settings: dict[str, Any] | None = None) -> Any:
     """The model on the meta device: its layers and names, before weights are read.
 
     Args:
         auto_class: transformers' class for the task, such as AutoModelForSequenceClassification.
+        head_settings: of a new head; the config's own, if there are none.
 
     Raises:
         SourceError: an architecture without a model for the task.
@@ -105,8 +108,29 @@ def build_without_weights(source: ModelSource, auto_class: str) -> Any:
         raise SourceError(
             f"{source.name} is a {config.model_type!r} model, which transformers cannot use for {kind}; {advice}"
         )
+    for name, value in (head_settings or {}).items():
+        setattr(config, name, value)
     with torch.device("meta"):
         return auto.from_config(config)
+
+
+def find_new_modules(source: ModelSource, model: Any) -> list[str]:
+    """Head-level modules of `model` whose weights the source does not hold, by the names in its files.
+
+    Empty where the files are not here, or are none of safetensors.
+    """
+    files = sorted(Path(source.location).glob("*.safetensors")) if source.is_local else []
+    held: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            held |= set(weights.keys())
+    if not held:
+        return []
+    prefix = f"{model.base_model_prefix}."
+    held = {name.removeprefix(prefix) for name in held}
+    missing = [name for name, _ in model.named_parameters() if name.removeprefix(prefix) not in held]
+    known = (*_HEADS, "pooler", "pre_classifier", "head")
+    return [name for name in _modules_of(missing) if name.split(".")[-1] in known]
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -15,6 +15,7 @@ import torch
 from trimtab.adapters import prove_reload
 from trimtab.data import PreparedData, prepare_data, write_rows
 from trimtab.errors import SourceError, StudyError, TrainingError
+from trimtab.estimate import describe, estimate_job
 from trimtab.evaluation.comparison import compare_systems
 from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
 from trimtab.evaluation.prediction_files import read_predictions
@@ -57,6 +58,8 @@ def run_study(
     set_threads()
     started = datetime.now(UTC)
     job = check_study(study, listener, overwrite)
+    if not job.run.estimate.is_file():
+        write_json(job.run.estimate, describe(estimate_job(job)))
     trial = job.run.trial(study.method, study.seed)
     failures: list[dict[str, str]] = []
     failure: TrainingError | None = None
@@ -75,12 +78,13 @@ def run_study(
     return comparison
 
 
-def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False) -> Job:
-    """Every check that needs no weights; then the run folder is this study's."""
+def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False, *, claim: bool = True) -> Job:
+    """Every check that needs no weights; then the run folder is this study's, if it is to be claimed."""
     get_method(study.method)
     task = get_task(study.task)
     run = RunFolder(study.run_folder)
-    run.check_free(study.to_yaml(), overwrite)
+    if claim:
+        run.check_free(study.to_yaml(), overwrite)
     progress.stage("Reading the data")
     data = prepare_data(study, progress)
     check_quantize(study.quantize)
@@ -88,8 +92,9 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False)
     check_model(source, study, task)
     if study.class_weight:
         task = _weigh_classes(task, data)
-    run.claim(study.to_yaml(), overwrite)
-    write_rows(run.test_rows, data.test)
+    if claim:
+        run.claim(study.to_yaml(), overwrite)
+        write_rows(run.test_rows, data.test)
     return Job(study, task, run, data, source, progress)
 
 

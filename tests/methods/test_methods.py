@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -13,8 +14,6 @@ from trimtab.study_config import build_study
 
 
 def test_gpt2_lora_counts(capsys):
-    import torch
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GPT2Config())
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=find_target_modules(model, "auto"), fan_in_fan_out=True)
@@ -22,6 +21,19 @@ def test_gpt2_lora_counts(capsys):
     assert (
         capsys.readouterr().out.strip() == "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
     )
+
+
+def test_mt0_large_lora_count():
+    from transformers import AutoModelForSeq2SeqLM, MT5Config
+
+    config = MT5Config(d_model=1024, d_kv=64, d_ff=2816, num_layers=24, num_decoder_layers=24, num_heads=16,
+                       vocab_size=250112)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config)
+        peft_model = get_peft_model(
+            model, LoraConfig(task_type="SEQ_2_SEQ_LM", r=8, target_modules=find_target_modules(model, "auto"))
+        )
+    assert peft_model.get_nb_trainable_parameters()[0] == 2_359_296
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ def prepare_adapted(peft_model: Any, choice: Choice) -> Choice:
         use_stock_attention(peft_model.get_base_model())
         return Choice(PromptForward(peft_model), 0, "virtual tokens stand before each text")
     speed_up_lora(peft_model)
+    stack = choice.forward.stack if isinstance(choice.forward, PackedForward) else None
+    if stack is not None and not stack.fits():
+        stack.release()
     if isinstance(choice.forward, PackedForward):
         choice.forward.limited = limit_last_layer(choice.forward.model)
     return choice

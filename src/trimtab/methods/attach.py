@@ -180,7 +180,7 @@ def _wrap(get_peft_model: Any, model: Any, config: Any, study: StudyConfig) -> A
         raise MethodError(f"{study.method} cannot go into {type(model).__name__}: {first_sentence(error)}") from error
 
 
-def check_method(build_model: Callable[[], Any], study: StudyConfig) -> Any:
+def check_method(build_model: Callable[[], Any], study: StudyConfig, new_modules: Sequence[str] = ()) -> Any:
     """Refuse a method that cannot go into a model, before the model's weights are read.
 
     Args:
@@ -194,7 +194,7 @@ def check_method(build_model: Callable[[], Any], study: StudyConfig) -> Any:
         MethodError: peft cannot put the method into the model; names those that it can.
     """
     try:
-        return _attach_without_weights(build_model(), study)
+        return _attach_without_weights(build_model(), study, new_modules)
     except MethodError as error:
         working = []
         for name in METHODS:
@@ -206,19 +206,29 @@ def check_method(build_model: Callable[[], Any], study: StudyConfig) -> Any:
         raise MethodError(f"{error}; what can: {', '.join(working)}") from error
 
 
-def _attach_without_weights(model: Any, study: StudyConfig) -> Any:
+def _attach_without_weights(model: Any, study: StudyConfig, new_modules: Sequence[str] = ()) -> Any:
     try:
         with torch.device("meta"):
-            peft_model = attach_adapter(model, study, [])
-            config = getattr(peft_model, "active_peft_config", None)
-            if config is not None and config.is_prompt_learning:  # whether it fits shows only when it computes
-                ids = torch.zeros(1, 4, dtype=torch.long)
-                peft_model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except ValueError as error:
-        raise MethodError(f"{study.method} cannot go into {type(model).__name__}: {first_sentence(error)}") from error
-    except (NotImplementedError, RuntimeError):  # a value is asked for that only weights have
+            peft_model = attach_adapter(model, study, new_modules)
+    except (NotImplementedError, RuntimeError):  # an initial value is computed from weights
         return None
+    config = getattr(peft_model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        _check_forward(peft_model, study)
     return peft_model
+
+
+def _check_forward(peft_model: Any, study: StudyConfig) -> None:
+    """Whether prompt learning fits a model shows only when it computes."""
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    try:
+        with torch.device("meta"):
+            peft_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except ValueError as error:
+        kind = type(peft_model.get_base_model()).__name__
+        raise MethodError(f"{study.method} cannot go into {kind}: {first_sentence(error)}") from error
+    except (NotImplementedError, RuntimeError):  # a value is asked for that only weights have
+        return
 
 
 def virtual_tokens_of(study: StudyConfig) -> int:

@@ -112,6 +112,7 @@ class Content:
     systems: list[System]
     contrasts: list[Contrast]
     reload: dict[str, Any]
+    estimate: dict[str, Any]
     failures: list[dict[str, Any]]
     rows: list[Row]
     trials: list[Trial]
@@ -195,6 +196,7 @@ def read_content(run: RunFolder) -> Content:
         systems=systems,
         contrasts=contrasts,
         reload=comparison.get("reload") or {},
+        estimate=_read_mapping(run.estimate),
         failures=[_failure(record) for record in comparison.get("failures") or []],
         rows=rows,
         trials=_trials(run, systems, comparison.get("failures") or []),

@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.report import figures, row_changes, tables, wording
 from trimtab.report.content import Content, Score, System
+from trimtab.report.estimate_table import estimate_table
 from trimtab.report.number_format import (
     PERCENTAGES,
     format_contrast,
@@ -70,6 +71,7 @@ def render_html(content: Content) -> str:
         scores=tables.score_table(content),
         system_facts=tables.system_facts(content),
         costs=tables.cost_table(content),
+        estimated=estimate_table(content),
         contrasts=tables.contrast_table(content),
         score_figure=Markup(figures.score_figure(content)),
         trials=[(trial, drawings, tables.training_facts(trial)) for trial, drawings in trials],

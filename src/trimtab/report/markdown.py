@@ -6,6 +6,7 @@ import re
 
 from trimtab.report import tables, wording
 from trimtab.report.content import Content
+from trimtab.report.estimate_table import estimate_table
 from trimtab.report.number_format import format_count, format_score
 from trimtab.report.row_changes import ChangedRow, count_confusions, find_changes
 from trimtab.report.tables import Table
@@ -18,7 +19,9 @@ def render_markdown(content: Content) -> str:
     """The whole file, ending in a newline."""
     parts = [f"# Trimtab report: {_plain(content.name)}", f"**{_plain(wording.headline(content))}**"]
     parts += [_plain(note) for note in wording.notes(content)]
-    for table in (tables.score_table(content), tables.cost_table(content), tables.contrast_table(content)):
+    estimated = estimate_table(content)
+    costs = [tables.cost_table(content), *([estimated] if estimated else [])]
+    for table in (tables.score_table(content), *costs, tables.contrast_table(content)):
         parts += [f"## {table.caption}", _table(table) if table.lines else "None.", *_legend(table)]
     parts += ["## What each system is", _facts(tables.system_facts(content))] if tables.system_facts(content) else []
     parts += _training(content)

@@ -58,6 +58,11 @@ class LayerStack:
             self._checked = known
         return True
 
+    def release(self) -> None:
+        """Give back what the weights were laid out in; it is made again where a forward needs it."""
+        for group in self.groups:
+            group.weight = group.weight._replace(tiles=None)
+
     def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""
         backbone = self.backbone

@@ -1,0 +1,196 @@
+"""What a study will take, before any weight is read: parameters, adapter size, memory by part, disk and time.
+
+Parameters are exact: the adapter is put around the model on the meta device. Memory is a sum of what is
+known to be held; time follows from this machine's GEMM rates and from constants measured on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+from peft.utils import get_peft_model_state_dict
+
+from trimtab.data import Row
+from trimtab.engine.forward import usable_length
+from trimtab.engine.fused import native
+from trimtab.engine.fused.stack import build_stack
+from trimtab.job import Job
+from trimtab.machine import measure_gemm_rates
+from trimtab.methods import WholeModel, check_method, get_method, learning_rate_of, virtual_tokens_of
+from trimtab.methods.targets import find_layers, is_linear
+from trimtab.models import build_without_weights, find_new_modules, load_tokenizer
+from trimtab.tasks.heads import backbone_of
+
+# Rows of each split whose lengths stand for all.
+_SAMPLED_ROWS = 500
+# Seconds a token, a layer and a hidden unit beside the products, on a machine whose float32 products run at
+# `_RATED_GFLOPS` (benchmarks/training.py on two cores: SmolLM2 and MiniLM, both formats).
+_RATED_GFLOPS = 262.0
+_TRAIN_OVERHEAD, _SCORE_OVERHEAD = 36e-9, 10.5e-9
+# How much slower other paths are than fused layers, in what is not products: peft's own layers; padding.
+_SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 3.5}
+# Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
+_START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 7.0, 6e-9, 4.0
+# Bytes a parameter of the layers' linears; 4 bits with their scales.
+_BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}
+# The interval that time is given with.
+_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds; `memory_bytes` by part adds up to `peak_memory_bytes`."""
+
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    memory_bytes: dict[str, int]
+    peak_memory_bytes: int
+    disk_bytes: int
+    seconds: dict[str, float]
+    total_seconds: float
+    low_seconds: float
+    high_seconds: float
+    train_tokens: int
+    learning_rate: float
+    forward: str
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of the model and the method that is to be trained."""
+
+    layers: int
+    trained_layers: int
+    hidden: int
+    inner: int
+    linear: int  # parameters in the layers' linears
+    vocabulary: int
+
+
+def estimate_job(job: Job) -> Estimate:
+    """The estimate of a checked study."""
+    study, task = job.study, job.task
+    head = task.head_settings(job.data.label_names)
+    model = build_without_weights(job.source, task.auto_class, head)
+    new_modules = find_new_modules(job.source, model)
+    stack = build_stack(backbone_of(model), native) if native.is_available() and study.quantize == "none" else None
+    sizes = _sizes_of(model, find_layers(model, study.layers_to_transform))
+    peft_model = check_method(lambda: model, study, new_modules)
+    trainable, total = (0, 0) if peft_model is None else peft_model.get_nb_trainable_parameters()
+    forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
+
+    tokenizer = load_tokenizer(job.source)
+    length = usable_length(model, study.max_length_tokens)
+    tokens = {
+        split: _count_tokens(job, getattr(job.data, split), tokenizer, model, length)
+        for split in ("train", "validation", "test")
+    }
+    adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model))
+    memory = _memory(job, sizes, trainable, total, stack is not None, forward)
+    seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
+    whole = sum(seconds.values())
+    return Estimate(
+        trainable_parameters=trainable,
+        total_parameters=total,
+        adapter_bytes=adapter_bytes,
+        memory_bytes=memory,
+        peak_memory_bytes=sum(memory.values()),
+        disk_bytes=adapter_bytes + 3_000_000 + 400 * len(job.data.test) * 6,  # tokenizer, report; predictions
+        seconds=seconds,
+        total_seconds=whole,
+        low_seconds=whole / _FACTOR,
+        high_seconds=whole * _FACTOR,
+        train_tokens=round(tokens["train"] * study.num_train_epochs),
+        learning_rate=learning_rate_of(study, model),
+        forward=forward,
+    )
+
+
+def describe(estimate: Estimate) -> dict[str, Any]:
+    """As it is kept in the run folder."""
+    return asdict(estimate)
+
+
+def _sizes_of(model: Any, layers: list[int] | None) -> _Sizes:
+    config = model.config.get_text_config()
+    linears = [module for module in backbone_of(model).modules() if is_linear(module)]
+    inner = max(max(module.weight.shape) for module in linears)
+    count = config.num_hidden_layers
+    trained = count if not layers else count - layers[0]
+    linear = sum(module.weight.numel() for module in linears)
+    return _Sizes(count, trained, config.hidden_size, inner, linear, config.vocab_size)
+
+
+def _saved_parameters(peft_model: Any) -> int:
+    """Numbers that `save_adapter` will write."""
+    if peft_model is None:
+        return 0
+    config = peft_model.active_peft_config
+    if not config.is_prompt_learning:
+        return sum(value.numel() for value in get_peft_model_state_dict(peft_model).values())
+    heads = sum(value.numel() for name, value in peft_model.named_parameters() if "modules_to_save" in name)
+    a_token = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
+    return heads + config.num_virtual_tokens * a_token
+
+
+def _count_tokens(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> int:
+    """Tokens of a split, from the lengths of its first rows."""
+    sample = rows[:_SAMPLED_ROWS]
+    encoded = job.task.encode(sample, tokenizer, model, length)
+    return round(encoded.tokens * len(rows) / len(sample))
+
+
+def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, has_stack: bool, forward: str) -> dict[str, int]:
+    study = job.study
+    tokens = study.tokens_per_batch // study.gradient_accumulation_steps + virtual_tokens_of(study) * 16
+    # What a layer keeps of a token for its backward, in floats; peft's and transformers' own layers keep more.
+    kept = 9 * sizes.hidden + 3 * sizes.inner
+    per_token = 4 * kept * sizes.trained_layers * (1.0 if forward == "fused" else 2.0)
+    copies = 4 * sizes.linear if has_stack else 0
+    weights = 4 * (total - sizes.linear) + _BYTES[study.quantize] * sizes.linear
+    vocabulary = 2 * 4 * 256 * sizes.vocabulary if not job.task.has_probe else 0
+    return {
+        "libraries and data": int(psutil.Process().memory_info().rss),
+        "base weights": int(weights),
+        "weights laid out for the kernels": int(copies),
+        "gradients, moments and best adapter": 16 * trainable,
+        "activations": int(per_token * tokens + vocabulary),
+    }
+
+
+def _seconds(
+    job: Job, sizes: _Sizes, tokens: dict[str, int], total: int, has_stack: bool, forward: str
+) -> dict[str, float]:
+    study = job.study
+    rates = measure_gemm_rates(("float32", "int8"))
+    real = rates["float32"] or 1.0
+    whole = max(real, rates["int8"] or real) if study.precision in ("int8", "auto") and native.has_int8() else real
+    units = sizes.layers * sizes.hidden * _RATED_GFLOPS / real
+    scoring_path = "fused" if has_stack else "packed"
+
+    def score(rate: float, path: str) -> float:
+        """Seconds a token."""
+        return 2e-9 * sizes.linear / rate + _SCORE_OVERHEAD * units * _SLOWER[path]
+
+    backward = sizes.trained_layers / sizes.layers
+    step = 2e-9 * sizes.linear * (1 + backward) / whole + _TRAIN_OVERHEAD * units * _SLOWER[forward]
+    validations = study.num_train_epochs * study.evaluations_per_epoch + 1
+    rest = tokens["train"] + tokens["validation"]
+    load = _LOAD_SECONDS_PER_BYTE * 4 * total
+    fit = _FIT_SECONDS if job.task.has_probe else 0.0
+    again = 0.0 if get_method(study.method).starts_at_base or not job.task.has_probe else rest * score(whole, forward)
+    trained = tokens["train"] * study.num_train_epochs * step + tokens["validation"] * validations * score(
+        whole, forward
+    )
+    scored = 1 if study.precision == "float32" else 2  # after its reload, in the training precision, too
+    return {
+        "load base": load,
+        "base and baselines": tokens["test"] * score(real, scoring_path)
+        + (rest * score(whole, scoring_path) if job.task.has_probe else 0.0) + fit,
+        "tune": again + trained + tokens["test"] * score(real, forward),
+        "reload and evaluate": _START_SECONDS + load + tokens["test"] * score(real, forward) * scored,
+    }  # fmt: skip

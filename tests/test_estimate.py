@@ -1,0 +1,66 @@
+"""Estimates before weights are read: exact counts, all checks, and what the report says of them."""
+
+import json
+
+import pytest
+
+from samples import run_trimtab, write_reviews
+from trimtab.errors import MethodError
+from trimtab.estimate import estimate_job
+from trimtab.progress import Silent
+from trimtab.runs import RunFolder
+from trimtab.study import check_study, run_study
+from trimtab.study_config import build_study
+
+
+def make_study(folder, model, **settings):
+    data = write_reviews(folder / "reviews.csv")
+    return build_study({"model": str(model), "train_data": str(data), "max_length_tokens": 32, "num_train_epochs": 1,
+                        "out": str(folder / "run")} | settings)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "lora"), ("bert", "vera"), ("distilbert", "lora"), ("gpt2", "full"), ("llama", "p_tuning")],
+)
+def test_parameters_and_adapter_are_those_of_the_run(tmp_path, model_folder, family, method):
+    study = make_study(tmp_path, model_folder(family), method=method)
+    estimate = estimate_job(check_study(study, Silent(), claim=False))
+    assert not (tmp_path / "run").exists()
+    comparison = run_study(study)
+    cost = next(system["cost"] for system in comparison["systems"] if system["kind"] == "tuned")
+    assert estimate.trainable_parameters == cost["trainable_parameters"]
+    assert estimate.total_parameters == cost["total_parameters"]
+    # Beside the weights a file of safetensors holds names and shapes.
+    assert 0 <= cost["adapter_bytes"] - estimate.adapter_bytes < 20_000
+    assert sum(estimate.memory_bytes.values()) == estimate.peak_memory_bytes
+    assert estimate.low_seconds < estimate.total_seconds < estimate.high_seconds
+    run = RunFolder(tmp_path / "run")
+    assert json.loads(run.estimate.read_text())["trainable_parameters"] == estimate.trainable_parameters
+    assert "Estimated before the run, and measured" in run.report_html.read_text()
+    assert "Estimated before the run, and measured" in run.report_markdown.read_text()
+
+
+def test_more_work_takes_longer_and_a_larger_batch_more_memory(tmp_path, model_folder):
+    def estimate(**settings):
+        return estimate_job(check_study(make_study(tmp_path, model_folder("llama"), **settings), Silent(), claim=False))
+
+    small, long, large = estimate(), estimate(num_train_epochs=4), estimate(tokens_per_batch=4096)
+    assert long.train_tokens == 4 * small.train_tokens
+    assert long.seconds["tune"] > small.seconds["tune"]
+    assert large.memory_bytes["activations"] > 7 * small.memory_bytes["activations"]
+
+
+def test_all_checks_are_made(tmp_path, model_folder):
+    with pytest.raises(MethodError, match="loha cannot go into GPT2"):
+        check_study(make_study(tmp_path, model_folder("gpt2"), method="loha"), Silent(), claim=False)
+
+
+def test_the_command(tmp_path, model_folder):
+    data = write_reviews(tmp_path / "reviews.csv")
+    done = run_trimtab("estimate", "--model", model_folder("llama"), "--train-data", data, "--method", "dora")
+    assert done.returncode == 0, done.stderr
+    assert "trainable of" in done.stdout
+    assert "base weights" in done.stdout
+    assert "about" in done.stdout
+    assert not (tmp_path / "runs").exists()
