@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/trimtab run
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
 
 check: setup
 	$(BIN)/ruff check .

@@ -191,21 +191,20 @@ def show_estimate(found: Estimate) -> None:
     out.print(f"[bold]adapter[/bold]     {found.adapter_bytes / 2**20:,.1f} MiB; run folder about "
               f"{found.disk_bytes / 2**20:,.1f} MiB")  # fmt: skip
     out.print(f"[bold]memory[/bold]      about {found.peak_memory_bytes / 2**30:.2f} GiB at its peak")
-    table = Table()
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
-    for part, size in found.memory_bytes.items():
-        table.add_row(part, f"{size / 2**30:.2f}")
-    out.print(table)
+    out.print(_two_columns("part", "GiB", {part: f"{size / 2**30:.2f}" for part, size in found.memory_bytes.items()}))
     low, middle, high = (seconds / 60 for seconds in (found.low_seconds, found.total_seconds, found.high_seconds))
     out.print(f"[bold]time[/bold]        about {middle:.1f} min here ({low:.1f} to {high:.1f})")
-    table = Table()
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    for stage, seconds in found.seconds.items():
-        table.add_row(stage, f"{seconds:,.0f}")
-    out.print(table)
+    out.print(_two_columns("stage", "seconds", {stage: f"{value:,.0f}" for stage, value in found.seconds.items()}))
     out.print(f"{found.train_tokens:,} tokens to train on, through the {found.forward} forward")
+
+
+def _two_columns(name: str, unit: str, rows: dict[str, str]) -> Table:
+    table = Table()
+    table.add_column(name)
+    table.add_column(unit, justify="right")
+    for row in rows.items():
+        table.add_row(*row)
+    return table
 
 
 def show_support(found: Sequence[Support]) -> None:

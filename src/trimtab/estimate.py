@@ -133,8 +133,8 @@ def _saved_parameters(peft_model: Any) -> int:
     if not config.is_prompt_learning:
         return sum(value.numel() for value in get_peft_model_state_dict(peft_model).values())
     heads = sum(value.numel() for name, value in peft_model.named_parameters() if "modules_to_save" in name)
-    a_token = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
-    return heads + config.num_virtual_tokens * a_token
+    a_token: int = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
+    return int(heads + config.num_virtual_tokens * a_token)
 
 
 def _count_tokens(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> int:

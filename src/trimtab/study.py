@@ -58,8 +58,7 @@ def run_study(
     set_threads()
     started = datetime.now(UTC)
     job = check_study(study, listener, overwrite)
-    if not job.run.estimate.is_file():
-        write_json(job.run.estimate, describe(estimate_job(job)))
+    _keep_estimate(job)
     trial = job.run.trial(study.method, study.seed)
     failures: list[dict[str, str]] = []
     failure: TrainingError | None = None
@@ -76,6 +75,16 @@ def run_study(
     if failure:
         raise failure
     return comparison
+
+
+def _keep_estimate(job: Job) -> None:
+    """For the report to hold against what happens; a model that it does not understand is tuned all the same."""
+    if job.run.estimate.is_file():
+        return
+    try:
+        write_json(job.run.estimate, describe(estimate_job(job)))
+    except Exception as error:  # builds differ without end, and the run's own checks have passed
+        job.progress.note(f"no estimate: {type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})")
 
 
 def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False, *, claim: bool = True) -> Job:

@@ -151,7 +151,11 @@ class Content:
     @property
     def has_classes(self) -> bool:
         """Whether each row bears one label."""
-        return bool(self.study.get("task", "classification") == "classification")
+        return self.task == "classification"
+
+    @property
+    def task(self) -> str:
+        return str(self.study.get("task") or "classification")
 
     def primary(self, system: System) -> float | None:
         score = system.scores.get(self.primary_metric)

@@ -72,8 +72,7 @@ def _system_cell(system: System) -> Cell:
 
 def score_table(content: Content) -> Table:
     metrics = [name for name in METRIC_TITLES if any(name in system.scores for system in content.systems)]
-    task = content.study.get("task")
-    columns = [Column(METRIC_TITLES[name] + _unit(name), metric_meaning(task, name)) for name in metrics]
+    columns = [Column(METRIC_TITLES[name] + _unit(name), metric_meaning(content.task, name)) for name in metrics]
     lines = []
     for system in content.systems:
         scores = [(name, system.scores.get(name)) for name in metrics]
@@ -156,7 +155,10 @@ def contrast_table(content: Content) -> Table:
         first = system.title if system else contrast.system
         second = against.title if against else contrast.against
         cells = [
-            Cell(f"{first} against {second}", f"{metric_word(contrast.metric)}, {_test_word(contrast.test)}"),
+            Cell(
+                f"{first} against {second}",
+                f"{metric_word(contrast.metric, content.task)}, {_test_word(contrast.test)}",
+            ),
             Cell(format_difference(contrast.metric, contrast.difference)),
             Cell(format_interval(contrast.metric, contrast.low, contrast.high) or MISSING),
             Cell(format_p_value(contrast.p_value)),
@@ -185,7 +187,8 @@ def split_table(content: Content) -> Table | None:
         found = [(counts[split].get(label, 0), totals[split]) for split in splits]
         lines.append(Line([Cell(label), *(Cell(format_count(n), format_share(n, whole)) for n, whole in found)]))
     lines.append(Line([Cell("all"), *(Cell(format_count(totals[split])) for split in splits)], "total"))
-    return Table("Rows by label", [Column("Label", is_number=False), *map(Column, splits)], lines)
+    caption = "Rows by label" if content.has_classes else "Labels by split"
+    return Table(caption, [Column("Label", is_number=False), *map(Column, splits)], lines)
 
 
 def token_table(content: Content) -> Table | None:

@@ -31,6 +31,7 @@ METRIC_TITLES = {
 METRIC_WORDS = {"accuracy": "accuracy", "f1": "macro F1", "loss": "loss", "brier": "the Brier score",
                 "perplexity": "perplexity", "token_accuracy": "token accuracy", "rmse": "the root mean squared error",
                 "exact_match": "exact match"}  # fmt: skip
+_TASK_WORDS = {"multilabel": {"f1": "micro F1"}, "token_classification": {"f1": "entity F1"}}
 METRIC_MEANINGS = {
     "perplexity": "e to the mean loss of a token: among how many equally likely tokens the model is left to choose; "
     "lower is better.",
@@ -85,8 +86,9 @@ TUNED_MEANING = "The base model with the trained adapter, and head where that is
 _REASON_CHARACTERS = 160
 
 
-def metric_word(metric: str) -> str:
-    return METRIC_WORDS.get(metric, metric)
+def metric_word(metric: str, task: object = None) -> str:
+    """A metric's name in a sentence; F1 is another average in each task."""
+    return _TASK_WORDS.get(str(task), METRIC_WORDS).get(metric) or METRIC_WORDS.get(metric, metric)
 
 
 def method_title(method: object) -> str:
@@ -106,7 +108,7 @@ def headline(content: Content) -> str:
     tuned, reference = content.tuned, content.reference
     if tuned is None:
         return _headline_without_tuning(content)
-    metric, word = content.primary_metric, metric_word(content.primary_metric)
+    metric, word = content.primary_metric, metric_word(content.primary_metric, content.task)
     subject = f"Tuning with {method_title(tuned.method)}"
     after = format_score(metric, content.primary(tuned))
     if reference is None:
@@ -158,7 +160,7 @@ def _headline_without_tuning(content: Content) -> str:
     if content.reference is None:
         return start
     value = format_score(content.primary_metric, content.primary(content.reference))
-    word = metric_word(content.primary_metric)
+    word = metric_word(content.primary_metric, content.task)
     return f"{start} Best without tuning: {content.reference.short_title}, {word} {value}."
 
 
