@@ -37,8 +37,9 @@ def expected_gap(method, task, family):
     return None
 
 
-# These share classification's models and heads, so two families show what they add.
-SMALLER = {"multilabel": ("BERT", "Llama"), "regression": ("BERT", "Llama")}
+# These share classification's layers, so fewer families show what they add; `trimtab methods` tries them all.
+SMALLER = {"multilabel": ("BERT", "Llama"), "regression": ("BERT", "Llama"),
+           "token_classification": ("BERT", "DistilBERT", "GPT-2", "Llama")}  # fmt: skip
 COMBINATIONS = [(method, task, family) for method in METHODS for task in TASKS
                 for family in SMALLER.get(task, FAMILIES)]  # fmt: skip
 WORKING = [combination for combination in COMBINATIONS if expected_gap(*combination) is None]
@@ -99,7 +100,7 @@ class Trained:
             return torch.cat([forward.logits(collator.collate([i])) for i in range(len(self.examples))])
 
     def train(self, method):
-        plan = TrainingPlan(self.collator(), 20, 0, 10)
+        plan = TrainingPlan(self.collator(), 64, 0, 15)
         schedule = make_schedule(method, self.peft_model, len(plan))
         parameters = trainable_parameters(self.peft_model)
         state = make_state(parameters, 0.0, method.rates or (lambda name: 1.0), schedule)
