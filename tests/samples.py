@@ -25,7 +25,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
              "qwen2": "Qwen2", "mistral": "Mistral", "xlm-roberta": "XLMRoberta", "electra": "Electra",
              "albert": "Albert", "modernbert": "ModernBert", "qwen3": "Qwen3", "gemma2": "Gemma2",
              "gemma3": "Gemma3Text", "phi3": "Phi3", "opt": "OPT", "gpt_neox": "GPTNeoX", "olmo2": "Olmo2",
-             "smollm3": "SmolLM3", "granite": "Granite", "roberta-prelayernorm": "RobertaPreLayerNorm", "mpnet": "MPNet", "gpt_neo": "GPTNeo"}  # fmt: skip
+             "smollm3": "SmolLM3", "granite": "Granite", "roberta-prelayernorm": "RobertaPreLayerNorm", "mpnet": "MPNet", "gpt_neo": "GPTNeo", "t5": "T5", "mt5": "MT5", "bart": "Bart"}  # fmt: skip
     settings: dict[str, Any] = _SMALL | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if family == "distilbert":
         settings = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
@@ -50,6 +50,15 @@ def tiny_config(family: str, **changes: Any) -> Any:
         settings["head_dim"] = 8
     if family == "opt":
         settings |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+    if family in ("t5", "mt5"):
+        settings = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+                    "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}  # fmt: skip
+    if family == "bart":
+        settings = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+                    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4,
+                    "decoder_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0,
+                    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_bos_token_id": None,
+                    "forced_eos_token_id": 2}  # fmt: skip
     if family == "gpt_neo":
         settings |= {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
     return getattr(transformers, f"{names[family]}Config")(**(settings | changes))
@@ -86,6 +95,39 @@ def write_tales(path: Path, rows: int = 24, seed: int = 0) -> Path:
                          for _ in range(generator.randrange(3, 9))]  # fmt: skip
             file.write(json.dumps({"text": " truly ".join(sentences)}) + "\n")
     return path
+
+
+_COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "gold"]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+
+
+def write_reversals(path: Path, rows: int, seed: int, *, counted_on: bool = False) -> Path:
+    """A JSONL of a few words and the same in reverse; `counted_on` names the next number for each number."""
+    generator = random.Random(seed)
+    following = dict(zip(NUMBERS, [*NUMBERS[1:], NUMBERS[0]], strict=True)) if counted_on else {}
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            words = generator.sample(_COLOURS + NUMBERS, generator.randrange(2, 5))
+            target = [following.get(word, word) for word in reversed(words)]
+            file.write(json.dumps({"source": " ".join(words), "target": " ".join(target)}) + "\n")
+    return path
+
+
+def save_small_t5(folder: Path) -> Path:
+    """A T5 of 117,000 weights, from its config alone, that knows the words of `write_reversals`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    words = ["[PAD]", "[UNK]", "</s>", *_COLOURS, *NUMBERS]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(words), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=1,
+                      num_heads=4, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return folder
 
 
 def save_tiny_model(family: str, folder: Path, auto_class: str = "AutoModel") -> Path:

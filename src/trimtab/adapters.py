@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from trimtab.data import Row, read_rows
 from trimtab.engine.prepare import prepare_adapted
+from trimtab.engine.scoring import Scores
 from trimtab.errors import ReloadError, SourceError
 from trimtab.evaluation.evaluate import Scorer, make_scorer, predict_outputs, record_system, scoring_cost
-from trimtab.evaluation.predictions import compute_metrics
-from trimtab.generation import continue_prompts
+from trimtab.evaluation.prediction_files import read_predictions
+from trimtab.evaluation.predictions import Predictions, compute_metrics
+from trimtab.evaluation.text_predictions import TextPredictions
+from trimtab.generation import continue_prompts, write_answers
 from trimtab.methods import WholeModel, get_method, virtual_tokens_of
 from trimtab.models import BaseModel, load_base
 from trimtab.precision import use_float32, use_trained_precision
@@ -142,20 +146,27 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
     scorer, peft_model = load_scorer(study, trial, progress)
     rows = read_rows(run.test_rows)
     encoded = scorer.encode(rows)
-    scores = scorer.score(encoded, progress)
     training = read_json(trial.training)
-    names = training["label_names"]
+    most = read_json(trial.facts_in(trial.adapter)).get("max_new_tokens")
+
+    def predict() -> tuple[Scores, Predictions]:
+        scores, written = scorer.score(encoded, progress), None
+        if scorer.task.writes_answers:
+            written = write_answers(peft_model, scorer.base.tokenizer, encoded.examples, most, progress)
+        return scores, predict_outputs(scorer.task, rows, encoded, training["label_names"], scores.outputs, written)
+
+    scores, predictions = predict()
     other: dict[str, Any] = {}
     if use_trained_precision(scorer.choice.forward, training):
         progress.stage(f"Scoring {trial.name} in {training['precision']}, as it was trained")
-        trained = scorer.score(encoded, progress)
+        trained, trained_predictions = predict()
         other = {"precision": training["precision"],
-                 "metrics": compute_metrics(predict_outputs(scorer.task, rows, encoded, names, trained.outputs)),
+                 "metrics": compute_metrics(trained_predictions),
                  "max_abs_logit_difference": float((trained.outputs - scores.outputs).abs().max())}  # fmt: skip
         use_float32(scorer.choice.forward)
     record_system(
         trial,
-        predict_outputs(scorer.task, rows, encoded, names, scores.outputs),
+        predictions,
         title=training["title"],
         kind="tuned",
         method=study.method,
@@ -166,6 +177,10 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
     save_logits(trial.logits, scores.outputs)
     if scorer.task.name == "causal_lm":
         write_samples(study, scorer, peft_model, rows, encoded, trial, progress)
+    elif isinstance(predictions, TextPredictions):
+        base = read_predictions(run.baseline("base-model").predictions)
+        assert isinstance(base, TextPredictions)
+        write_jsonl(trial.samples, sample_answers(rows, base, predictions))
 
 
 def write_samples(
@@ -191,6 +206,13 @@ def write_samples(
         texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, truth))
         found.append(dict(zip(("id", "prompt", "truth", "base", "tuned"), (row.id, *texts, theirs, ours), strict=True)))
     write_jsonl(trial.samples, found)
+
+
+def sample_answers(rows: Sequence[Row], base: TextPredictions, tuned: TextPredictions) -> list[dict[str, str]]:
+    """Sources and references of the first rows, and what the base and the tuned model answered."""
+    pairs = zip(rows, base.written, tuned.written, strict=True)
+    return [{"id": row.id, "prompt": row.text, "truth": row.completion or "", "base": theirs, "tuned": ours}
+            for row, theirs, ours in islice(pairs, _SAMPLES)]  # fmt: skip
 
 
 def _continue_with_base(

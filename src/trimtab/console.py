@@ -103,6 +103,7 @@ _SHOWN_METRICS = {
     "f1": ("f1", "precision", "recall"),
     "rmse": ("rmse", "mae", "pearson"),
     "perplexity": ("perplexity", "loss", "token_accuracy"),
+    "rougeL": ("rougeL", "exact_match", "bleu"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Prompts to texts with a causal language model: greedy, in one padded batch."""
+"""Texts from language models, greedy, in padded batches: prompts that go on, and answers to sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
+from trimtab.engine.batches import pad_right, plan_batches
 from trimtab.engine.forward import use_stock_attention
+from trimtab.progress import Progress
+from trimtab.tasks.examples import Example
+
+# The likeliest token each time, whatever the model's own generation settings ask for (BART's ask for length).
+_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "min_length": 0,
+           "no_repeat_ngram_size": 0}  # fmt: skip
+# Tokens of sources and answers that are held at once.
+_ANSWER_TOKENS_PER_BATCH = 4096
 
 
 def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
@@ -28,14 +37,32 @@ def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             pad_token_id=pad,
+            **_GREEDY,
         )
     return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in written.tolist()]
+
+
+def write_answers(
+    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, progress: Progress
+) -> list[str]:
+    """What an encoder with a decoder, stock or wrapped by peft, writes for each source, up to its end of text."""
+    sources = [example.input_ids for example in examples]
+    lengths = [len(source) + max_new_tokens for source in sources]
+    batches = plan_batches(lengths, _ANSWER_TOKENS_PER_BATCH, shuffle_seed=None, padded=True)
+    device = next(model.parameters()).device
+    answers: dict[int, str] = {}
+    for rows in batches:
+        ids = pad_right([sources[row] for row in rows], tokenizer.pad_token_id)
+        mask = pad_right([[1] * len(sources[row]) for row in rows], 0)
+        with torch.inference_mode():
+            written = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, **_GREEDY
+            )
+        texts = tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
+        answers |= dict(zip(rows, map(str.strip, texts), strict=True))
+        progress.advance(len(answers), len(sources), "answers")
+    return [answers[row] for row in range(len(sources))]
 
 
 @contextmanager

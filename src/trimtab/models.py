@@ -82,6 +82,7 @@ _KINDS = {
     "AutoModelForTokenClassification": (
         "token classification", "choose a text encoder (BERT family) or decoder (Llama, GPT-2 families)"),
     "AutoModelForCausalLM": ("causal language modelling", "choose a decoder (Llama, GPT-2 families)"),
+    "AutoModelForSeq2SeqLM": ("seq2seq", "choose an encoder with a decoder (T5, mT5, BART families)"),
 }  # fmt: skip
 
 
@@ -100,18 +101,24 @@ def build_without_weights(source: ModelSource, auto_class: str, head_settings: d
     config = load_config(source)
     auto = getattr(transformers, auto_class)
     kind, advice = _KINDS[auto_class]
-    # BERT and its like count as decoders to transformers, but were not made to name the next token.
-    is_encoder = (
-        auto_class == "AutoModelForCausalLM" and type(config) in transformers.AutoModelForMaskedLM._model_mapping
-    )
-    if type(config) not in auto._model_mapping or is_encoder:
-        raise SourceError(
-            f"{source.name} is a {config.model_type!r} model, which transformers cannot use for {kind}; {advice}"
-        )
+    if not has_model_for(config, auto_class):
+        raise SourceError(f"{source.name} is a {config.model_type!r} model, which cannot be used for {kind}; {advice}")
     for name, value in (head_settings or {}).items():
         setattr(config, name, value)
     with torch.device("meta"):
         return auto.from_config(config)
+
+
+def has_model_for(config: Any, auto_class: str) -> bool:
+    """Whether a model of this config was made for what `auto_class` does."""
+    import transformers
+
+    if type(config) not in getattr(transformers, auto_class)._model_mapping:
+        return False
+    # BERT and its like count as decoders to transformers, but were not made to name the next token.
+    if auto_class == "AutoModelForCausalLM":
+        return type(config) not in transformers.AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
+    return bool(config.is_encoder_decoder) == (auto_class == "AutoModelForSeq2SeqLM")
 
 
 def find_new_modules(source: ModelSource, model: Any) -> list[str]:

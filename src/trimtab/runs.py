@@ -30,7 +30,6 @@ class RunFolder:
         self.study = path / "study.yaml"
         self.manifest = path / "manifest.json"
         self.estimate = path / "estimate.json"
-        self.estimate = path / "estimate.json"
         self.data_summary = path / "data.json"
         self.test_rows = path / "test.jsonl"
         self.comparison = path / "comparison.json"

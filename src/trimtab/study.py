@@ -33,6 +33,7 @@ from trimtab.tasks import Task, get_task
 from trimtab.tasks.classification import Classification, balance_classes
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear, readout_of
+from trimtab.tasks.seq2seq import longest_target
 from trimtab.tuning import cached_prefix, tune
 from trimtab.untuned import score_untuned, untuned_are_scored
 
@@ -148,6 +149,8 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
             "versions": package_versions(),
         }
     encoded = encode_splits(job, scorer)
+    if job.task.writes_answers:
+        facts["max_new_tokens"] = longest_target(encoded.train + encoded.validation)
     with cached_prefix(job.study, scorer, base_sha256, job.progress):
         with job.timed("base"):
             probe = score_untuned(job, scorer, encoded, precision)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trimtab.errors import StudyError, suggest
 
-Task = Literal["classification", "multilabel", "regression", "token_classification", "causal_lm"]
+Task = Literal["classification", "multilabel", "regression", "token_classification", "causal_lm", "seq2seq"]
 Quantize = Literal["none", "8bit", "4bit"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "auto"]
 
@@ -29,7 +29,8 @@ class StudyConfig(BaseModel):
     task: Task = Field(
         "classification",
         description="What is learnt: classification (one label a text), multilabel (any number of labels), regression "
-        "(a number), token_classification (a tag a word), or causal_lm (texts, prompts with completions, chats).",
+        "(a number), token_classification (a tag a word), causal_lm (texts, prompts with completions, chats), or "
+        "seq2seq (a text for a text, by an encoder and a decoder).",
     )
     train_data: str = Field(
         "starter:rotten-tomatoes",
@@ -43,6 +44,9 @@ class StudyConfig(BaseModel):
     label_column: str | None = Field(None, description="Column with the label; found by name if missing.")
     completion_column: str | None = Field(
         None, description="causal_lm: column with what follows the prompt in text_column; only this is learnt."
+    )
+    target_column: str | None = Field(
+        None, description="seq2seq: column with the text that is to be written; found by name if missing."
     )
     messages_column: str | None = Field(
         None, description="causal_lm: column with chats, lists of role and content; the assistant's turns are learnt."

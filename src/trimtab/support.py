@@ -18,6 +18,7 @@ from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import MethodError, StudyError
 from trimtab.machine import package_versions
 from trimtab.methods import METHODS, attach_adapter, get_method
+from trimtab.models import has_model_for
 from trimtab.progress import Progress
 from trimtab.runs import read_json, write_json
 from trimtab.study_config import StudyConfig, build_study
@@ -42,6 +43,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", _DECODER),
     "Qwen2": ("Qwen2Config", _DECODER),
     "Mistral": ("MistralConfig", _DECODER),
+    "T5": ("T5Config", {"vocab_size": _VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+                        "num_heads": 4, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}),
 }  # fmt: skip
 
 # Sizes that fit layers of 32.
@@ -121,13 +124,11 @@ def build_tiny_model(task: Task, family: str, seed: int = 0) -> Any:
 
     name, sizes = FAMILIES[family]
     config = getattr(transformers, name)(**sizes)
-    auto = getattr(transformers, task.auto_class)
-    is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping
-    if type(config) not in auto._model_mapping or (task.auto_class == "AutoModelForCausalLM" and is_encoder):
+    if not has_model_for(config, task.auto_class):
         raise ValueError(f"{family} has no model for {task.name}")
     torch.manual_seed(seed)
     config.num_labels = 1 if task.name == "regression" else 3
-    return auto.from_config(config).requires_grad_(False).eval()
+    return getattr(transformers, task.auto_class).from_config(config).requires_grad_(False).eval()
 
 
 def head_names(model: Any) -> list[str]:
@@ -157,6 +158,7 @@ _EXAMPLES: dict[str, Callable[[list[int], int, Any], Example]] = {
         ids, None, list(range(0, len(ids), 2)), [token % 3 for token in ids[::2]]
     ),
     "causal_lm": lambda ids, number, model: Example(ids, None, list(range(len(ids) - 1)), ids[1:]),
+    "seq2seq": lambda ids, number, model: Example(ids, None, list(range(len(ids) - 2)), ids[2:], [0, *ids[2:-1]]),
 }
 
 

@@ -288,4 +288,4 @@ def test_an_encoder_is_refused(model_folder, tmp_path):
     done = run_trimtab("run", "--task=causal_lm", f"--model={model_folder('bert')}",
                        f"--train-data={write_tales(tmp_path / 'tales.jsonl')}", f"--out={tmp_path / 'run'}")  # fmt: skip
     assert done.returncode == 2
-    assert "cannot use for causal language modelling; choose a decoder" in done.stderr
+    assert "cannot be used for causal language modelling; choose a decoder" in done.stderr

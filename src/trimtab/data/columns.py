@@ -25,6 +25,7 @@ class Columns:
     label: str | None = None
     group: str | None = None
     completion: str | None = None
+    target: str | None = None
     messages: str | None = None
 
     @property

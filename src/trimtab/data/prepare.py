@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trimtab.data.answers import AnswerReader
 from trimtab.data.columns import Columns, Named
 from trimtab.data.duplicates import find_near_duplicates
 from trimtab.data.labels import ClassReader, SeveralReader, ValueReader
@@ -43,6 +44,7 @@ READERS: dict[str, Reader] = {
     "regression": ValueReader(),
     "token_classification": TagReader(),
     "causal_lm": LanguageReader(),
+    "seq2seq": AnswerReader(),
 }
 
 
@@ -127,6 +129,7 @@ def _named(study: StudyConfig, source: Source, reader: Reader) -> Named:
         "text_pair": study.text_pair_column,
         "label": study.label_column or (starter.label_column if starter else None),
         "completion": study.completion_column,
+        "target": study.target_column,
         "messages": study.messages_column,
         "group": study.group_column or (starter.group_column if starter else None),
     }
@@ -143,12 +146,13 @@ def _given_split(
 ) -> list[Row] | None:
     """Rows of a split that was named, or that came with the training source; else None."""
     table = source.splits.get(split)
+    what, wanted = ("target", columns.target) if columns.target else ("label", columns.label)
     if path is not None:
         given = read_source(path, progress).splits
         table = given.get(split) or given["train"]
         reader.find_columns(table, columns.named, progress)
-    elif columns.label and table and split == "test" and all(row.get(columns.label) is None for row in table.rows):
-        progress.note(f"{table.source} has no labels, so it is left out; test rows are cut from train")
+    elif wanted and table and split == "test" and all(row.get(wanted) is None for row in table.rows):
+        progress.note(f"{table.source} has no {what}s, so it is left out; test rows are cut from train")
         return None
     return reader.rows(table, split, columns, names) if table else None
 

@@ -15,7 +15,7 @@ class Row:
 
     What is to be said of the text depends on the task: `label` indexes the label names; `labels` do, too,
     one for each of `words`, or those that apply to the whole text; `value` is a number. For language models
-    `text` is a whole text, or a prompt where there is a `completion`; a chat has its `messages` (role and
+    `text` is a whole text, or a prompt or source where there is a `completion`; a chat has its `messages` (role and
     content), and what the assistant says as its text.
     """
 

@@ -28,8 +28,8 @@ class Batch:
 
     Packed: `input_ids` is [1, tokens], and `runs` give the texts in it. Padded: `input_ids` is
     [texts, longest], `runs` is None and `attention_mask` is set. `pooled` holds the positions in
-    `input_ids.flatten()` that the head reads, `labels` what it shall say there; `rows` the places
-    of the texts in the encoded data.
+    `input_ids.flatten()` that the head reads, or in `decoder_input_ids.flatten()` where a decoder
+    answers an encoder; `labels` what it shall say there; `rows` the places of the texts in the encoded data.
     """
 
     input_ids: Tensor
@@ -41,6 +41,7 @@ class Batch:
     labels: Tensor
     rows: list[int]
     tokens: int
+    decoder_input_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -143,28 +144,34 @@ class Collator:
         )
 
     def _pad(self, rows: list[int], examples: list[Example]) -> Batch:
-        longest = max(map(len, examples))
-
-        def pad(values: Sequence[int], filler: int) -> list[int]:
-            return [*values, *[filler] * (longest - len(values))]
-
-        types = None
+        ids = pad_right([example.input_ids for example in examples], self.pad_token_id)
+        types = decoder_ids = None
         if examples[0].token_type_ids is not None:
-            types = torch.tensor([pad(example.token_type_ids or (), 0) for example in examples])
+            types = pad_right([example.token_type_ids or [] for example in examples], 0)
+        if examples[0].decoder_input_ids is not None:
+            decoder_ids = pad_right([example.decoder_input_ids or [] for example in examples], self.pad_token_id)
+        width = (ids if decoder_ids is None else decoder_ids).shape[1]
         return Batch(
-            input_ids=torch.tensor([pad(example.input_ids, self.pad_token_id) for example in examples]),
+            input_ids=ids,
             position_ids=None,
             token_type_ids=types,
-            attention_mask=torch.tensor([pad([1] * len(example), 0) for example in examples]),
+            attention_mask=pad_right([[1] * len(example.input_ids) for example in examples], 0),
             runs=None,
-            pooled=_places(examples, [i * longest for i in range(len(examples))]),
+            pooled=_places(examples, [i * width for i in range(len(examples))]),
             labels=torch.tensor([label for example in examples for label in example.labels]),
             rows=rows,
             tokens=sum(map(len, examples)),
+            decoder_input_ids=decoder_ids,
         )
 
     def _types(self, values: list[int]) -> Tensor | None:
         return _row(values) if values else None
+
+
+def pad_right(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """[rows, longest]."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
 
 
 def _places(examples: Sequence[Example], starts: Sequence[int]) -> Tensor:

@@ -71,9 +71,36 @@ class PaddedForward:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
+        if batch.decoder_input_ids is not None:
+            inputs["decoder_input_ids"] = batch.decoder_input_ids
         if getattr(self.model.config, "use_cache", False):
             inputs["use_cache"] = False
         return inputs
+
+
+class EncoderDecoderForward(PaddedForward):
+    """Sources and targets padded; the states are those that enter the vocabulary's head, whatever the family scales."""
+
+    def __init__(self, model: Any, called: Any = None) -> None:
+        super().__init__(model)
+        self.called = called or model  # peft's model, where the method puts tokens of its own before the texts
+
+    def states(self, batch: Batch) -> Tensor:
+        caught: list[Tensor] = []
+
+        def take(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            caught.append(inputs[0])
+            return (inputs[0][:0],)  # the task's own loss does without the logits of all positions
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(take)
+        try:
+            self.called(**self._inputs(batch))
+        finally:
+            handle.remove()
+        return caught[0].flatten(0, 1).index_select(0, batch.pooled)
+
+    def logits(self, batch: Batch) -> Tensor:
+        return logits_from_pooled(self.model, self.states(batch))
 
 
 class PromptForward(PaddedForward):
@@ -173,6 +200,8 @@ class Choice(NamedTuple):
 
 def choose_forward(model: Any, pad_token_id: int, max_length_tokens: int, type_ids: bool) -> Choice:
     """Packed if texts packed together give what each gives alone through the stock forward."""
+    if model.config.is_encoder_decoder:
+        return Choice(EncoderDecoderForward(model), 0, "a decoder that answers an encoder is not packed")
     stock = model.config._attn_implementation
     offset = _position_offset(model)
     reason = ""

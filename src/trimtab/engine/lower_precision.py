@@ -55,12 +55,17 @@ def lower_linears(model: nn.Module, number_format: NumberFormat, run: Callable[[
 
 
 def linears_by_place(model: nn.Module) -> dict[tuple[int, str], FrozenLinear]:
-    """The frozen linears of numbered layers, by the layer's number and the name within it."""
+    """The frozen linears of numbered layers, by the layer's number and the name within it.
+
+    A decoder that answers an encoder has layers of the same numbers, so its names say whose they are.
+    """
+    has_two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     found = {}
     for name, module in model.named_modules():
         match = _IN_LAYER.search(name)
         if match and isinstance(module, FrozenLinear):
-            found[int(match[1]), match[2]] = module
+            stack = "decoder." if has_two_stacks and "decoder." in name[: match.start()] + "." else ""
+            found[int(match[1]), stack + match[2]] = module
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.engine.forward import Choice, PackedForward, PromptForward, use_stock_attention
+from trimtab.engine.forward import Choice, EncoderDecoderForward, PackedForward, PromptForward, use_stock_attention
 from trimtab.engine.frozen import freeze_linears
 from trimtab.engine.last_layer import limit_last_layer
 from trimtab.engine.lora import speed_up_lora
@@ -24,8 +24,11 @@ def prepare_adapted(peft_model: Any, choice: Choice) -> Choice:
     config = getattr(peft_model, "active_peft_config", None)
     freeze_linears(peft_model)
     if config is not None and config.is_prompt_learning:
-        use_stock_attention(peft_model.get_base_model())
-        return Choice(PromptForward(peft_model), 0, "virtual tokens stand before each text")
+        model = peft_model.get_base_model()
+        use_stock_attention(model)
+        answers = model.config.is_encoder_decoder
+        forward = EncoderDecoderForward(model, peft_model) if answers else PromptForward(peft_model)
+        return Choice(forward, 0, "virtual tokens stand before each text")
     speed_up_lora(peft_model)
     stack = choice.forward.stack if isinstance(choice.forward, PackedForward) else None
     if stack is not None and not stack.fits():

@@ -13,13 +13,14 @@ from trimtab.evaluation.class_predictions import predictions_for
 from trimtab.evaluation.multilabel_predictions import MultilabelPredictions
 from trimtab.evaluation.predictions import Predictions
 from trimtab.evaluation.tag_predictions import TagPredictions
+from trimtab.evaluation.text_predictions import TextPredictions
 from trimtab.evaluation.token_predictions import token_predictions_for
 from trimtab.evaluation.value_predictions import ValuePredictions
 from trimtab.tasks.classification import probabilities_of
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.multilabel import marginals_of
 
-# (rows, what of them was encoded, label names, outputs [positions, columns]).
+# (rows, what of them was encoded, label names, outputs [positions, columns]), where these tell all.
 Predict = Callable[[Sequence[Row], EncodedRows, Sequence[str], Tensor], Predictions]
 
 
@@ -54,6 +55,18 @@ def predict_tokens(rows: Sequence[Row], encoded: EncodedRows, names: Sequence[st
     of_row = np.repeat(encoded.rows, [len(example.labels) for example in encoded.examples])
     losses, hits = outputs.double().numpy().T
     return token_predictions_for([row.id for row in rows], of_row, losses, hits)
+
+
+def predict_texts(
+    rows: Sequence[Row], encoded: EncodedRows, written: Sequence[str], outputs: Tensor | None = None
+) -> Predictions:
+    """What a system wrote, and the losses of the references where it has probabilities."""
+    counts = np.array([len(example.labels) for example in encoded.examples], dtype=np.float64)
+    losses = np.full(len(rows), np.nan)
+    if outputs is not None:
+        losses = np.bincount(np.repeat(encoded.rows, counts.astype(int)), outputs[:, 0].double().numpy(), len(rows))
+    references = [row.completion or "" for row in rows]
+    return TextPredictions([row.id for row in rows], references, list(written), losses, counts)
 
 
 PREDICT: dict[str, Predict] = {

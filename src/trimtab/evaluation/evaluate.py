@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from math import isnan
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.forward import Choice, HeadFeatures, choose_forward, usable_length
 from trimtab.engine.scoring import Scores, score_rows
 from trimtab.evaluation.baselines import LinearProbe, fit_linear_probe
-from trimtab.evaluation.by_task import PREDICT
+from trimtab.evaluation.by_task import PREDICT, predict_texts
 from trimtab.evaluation.predictions import Predictions, compute_metrics
 from trimtab.models import BaseModel
 from trimtab.progress import Progress
@@ -107,9 +108,20 @@ def fit_probe(
 
 
 def predict_outputs(
-    task: Task, rows: Sequence[Row], encoded: EncodedRows, label_names: Sequence[str], outputs: Tensor
+    task: Task,
+    rows: Sequence[Row],
+    encoded: EncodedRows,
+    label_names: Sequence[str],
+    outputs: Tensor,
+    written: Sequence[str] | None = None,
 ) -> Predictions:
-    """Predictions of `rows` from the outputs [positions, columns] of a system at their positions."""
+    """Predictions of `rows` from the outputs [positions, columns] of a system at their positions.
+
+    Args:
+        written: what it wrote for each row, where the task is judged by that.
+    """
+    if written is not None:
+        return predict_texts(rows, encoded, written, outputs)
     return PREDICT[task.name](rows, encoded, label_names, outputs)
 
 
@@ -143,7 +155,7 @@ def record_system(
         "kind": kind,
         "method": method,
         "seed": seed,
-        "metrics": compute_metrics(predictions),
+        "metrics": {name: None if isnan(value) else value for name, value in compute_metrics(predictions).items()},
         "cost": dict.fromkeys(_COSTS) | cost,
     }
     if in_training_precision:

@@ -133,14 +133,16 @@ def minimum_detectable_difference(differences: Floats, rows: int) -> float:
 
 def metric_intervals(
     predictions: Predictions, resampled: Mapping[str, Floats], units: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """value, low and high of every metric: Wilson for accuracy, percentile bootstrap of `units` for the others."""
     values = compute_metrics(predictions)
-    intervals: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, float | None]] = {}
     for name in predictions.metrics:
         if name == "accuracy" and isinstance(predictions, ClassPredictions):
             low, high = wilson_interval(int(predictions.correct.sum()), len(predictions.ids))
         else:
             low, high = percentile_interval(resampled[name], units)
-        intervals[name] = {"value": values[name], "low": low, "high": high}
+        # A system without probabilities has no loss.
+        found = {"value": values[name], "low": low, "high": high}
+        intervals[name] = {part: None if np.isnan(number) else number for part, number in found.items()}
     return intervals

@@ -5,7 +5,8 @@ from __future__ import annotations
 from trimtab.report.content import Contrast, Score
 
 # Metrics between 0 and 1 that people read as percentages; the others stay plain numbers.
-PERCENTAGES = frozenset({"accuracy", "f1", "precision", "recall", "token_accuracy", "f1_macro", "exact_match"})
+PERCENTAGES = frozenset({"accuracy", "f1", "precision", "recall", "token_accuracy", "f1_macro", "exact_match", "rouge1",
+                         "rouge2", "rougeL"})  # fmt: skip
 MISSING = "–"
 _MINUS = "\N{MINUS SIGN}"
 

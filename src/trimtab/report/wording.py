@@ -27,10 +27,14 @@ METRIC_TITLES = {
     "loss": "Loss",
     "brier": "Brier",
     "token_accuracy": "Token accuracy",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
 }
 METRIC_WORDS = {"accuracy": "accuracy", "f1": "macro F1", "loss": "loss", "brier": "the Brier score",
                 "perplexity": "perplexity", "token_accuracy": "token accuracy", "rmse": "the root mean squared error",
-                "exact_match": "exact match"}  # fmt: skip
+                "exact_match": "exact match", "rougeL": "ROUGE-L", "bleu": "BLEU"}  # fmt: skip
 _TASK_WORDS = {"multilabel": {"f1": "micro F1"}, "token_classification": {"f1": "entity F1"}}
 METRIC_MEANINGS = {
     "perplexity": "e to the mean loss of a token: among how many equally likely tokens the model is left to choose; "
@@ -44,6 +48,11 @@ METRIC_MEANINGS = {
     "It punishes being sure and wrong.",
     "f1_macro": "F1 of each label, averaged with equal weight over the labels that occur.",
     "exact_match": "Share of test rows with all labels right, and none too many.",
+    "rouge1": "Words that the answer and the reference share, as an F-measure, averaged over rows.",
+    "rouge2": "Pairs of neighbouring words that both share, as an F-measure, averaged over rows.",
+    "rougeL": "The longest sequence of words that stands in both answer and reference, in order, as an F-measure, "
+    "averaged over rows.",
+    "bleu": "Runs of one to four words that are right, over all rows together, 0 to 100 (sacrebleu).",
     "rmse": "Root of the mean squared difference from the true value, in the data's own units; lower is better.",
     "mae": "Mean absolute difference from the true value, in the data's own units; lower is better.",
     "r2": "Share of the true values' variance that is explained; 0 is what their mean does.",
@@ -59,6 +68,10 @@ TASK_MEANINGS = {
         "loss": "Mean binary cross-entropy of a label, in nats; lower is better.",
     },
     "regression": {"loss": "Mean squared error; lower is better."},
+    "seq2seq": {
+        "exact_match": "Share of test rows whose answer is the reference, character by character.",
+        "loss": "Mean negative log-likelihood of a token of the reference, in nats; lower is better.",
+    },
     "token_classification": {
         "f1": "Harmonic mean of precision and recall over whole entities, as seqeval counts them.",
         "precision": "Of the entities given, the share that is true in extent and kind.",
@@ -78,6 +91,8 @@ SYSTEM_MEANINGS = {
     "linear-probe": "A linear classifier on what the frozen base model makes of each text: what the base "
     "already knows, without tuning it.",
     "token-frequencies": "Gives each token its share among the training tokens, whatever stands before it.",
+    "copied-source": "Gives the source back as it is.",
+    "nearest-row": "Gives the target of that training row whose source has the most alike words.",
     "base-model": "The base model as it is, before any tuning.",
     "untrained-head": "The base model with a random classification head: what tutorials call “before”.",
 }

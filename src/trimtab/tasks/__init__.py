@@ -13,6 +13,7 @@ from trimtab.tasks.classification import Classification
 from trimtab.tasks.examples import Batch, EncodedRows, Forward
 from trimtab.tasks.multilabel import Multilabel
 from trimtab.tasks.regression import Regression
+from trimtab.tasks.seq2seq import Seq2Seq
 from trimtab.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task", "get_task"]
@@ -22,7 +23,7 @@ class Task(Protocol):
     """A task's rows, loss and outputs; all else is the same for every task.
 
     `peft_type` and `auto_class` are peft's and transformers' names for it; `has_probe` says whether
-    its head is new, and starts at a linear probe.
+    its head is new, and starts at a linear probe; `writes_answers` whether its systems are judged by texts.
     """
 
     @property
@@ -36,6 +37,9 @@ class Task(Protocol):
 
     @property
     def has_probe(self) -> bool: ...
+
+    @property
+    def writes_answers(self) -> bool: ...
 
     def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:
         """What the config of a model with a new head has to say; empty where the model's own head stays."""
@@ -57,7 +61,8 @@ class Task(Protocol):
 
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Classification(), Multilabel(), Regression(), TokenClassification(), CausalLM())
+    task.name: task
+    for task in (Classification(), Multilabel(), Regression(), TokenClassification(), CausalLM(), Seq2Seq())
 }
 
 

@@ -9,26 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trimtab.data import Row
 from trimtab.errors import DataError
-from trimtab.tasks.examples import Batch, EncodedRows, Example, Forward
-from trimtab.tasks.heads import readout_of
-from trimtab.tasks.token_loss import mean_token_loss, token_losses
+from trimtab.tasks.examples import EncodedRows, Example
+from trimtab.tasks.next_token import NextToken, end_text
 
 
-class CausalLM:
+class CausalLM(NextToken):
     """The next token, at every position that is to be learnt."""
 
     name = "causal_lm"
     peft_type = "CAUSAL_LM"
     auto_class = "AutoModelForCausalLM"
-    has_probe = False
-
-    def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:
-        return {}
+    writes_answers = False
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, model: Any, max_length_tokens: int) -> EncodedRows:
         encoder = _Encoder(tokenizer, max_length_tokens)
@@ -39,19 +32,6 @@ class CausalLM:
             examples += found
             numbers += [number] * len(found)
         return EncodedRows(examples, numbers, encoder.truncated)
-
-    def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        return mean_token_loss(readout_of(forward.model), forward.states(batch), batch.labels)
-
-    def outputs(self, forward: Forward, batch: Batch) -> Tensor:
-        """[positions, 2]: loss in nats, and 1 where the likeliest token is the true one."""
-        losses, hits = token_losses(readout_of(forward.model), forward.states(batch), batch.labels)
-        return torch.stack([losses, hits.float()], dim=1)
-
-    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Figures to validate by; the highest `score` is best."""
-        loss = float(outputs[:, 0].double().mean())
-        return {"loss": loss, "perplexity": float(torch.tensor(loss).exp()), "score": -loss}
 
 
 class _Encoder:
@@ -70,7 +50,7 @@ class _Encoder:
             return [self._supervised(row, *self._chat(row))]
         if row.completion is not None:
             return [self._supervised(row, *self._completion(row))]
-        ids = self._with_end(self.tokenizer(row.text, verbose=False)["input_ids"])
+        ids = end_text(self.tokenizer(row.text, verbose=False)["input_ids"], self.tokenizer)
         if len(ids) < 2:
             raise DataError(f"row {row.id}: a text of one token has no next token to learn; remove the row")
         starts = range(0, len(ids) - 1, self.max_length - 1)
@@ -78,8 +58,8 @@ class _Encoder:
 
     def _completion(self, row: Row) -> tuple[list[int], list[bool]]:
         prompt = self._without_end(self.tokenizer(row.text, verbose=False)["input_ids"])
-        completion = self._with_end(
-            self.tokenizer(row.completion, add_special_tokens=False, verbose=False)["input_ids"]
+        completion = end_text(
+            self.tokenizer(row.completion, add_special_tokens=False, verbose=False)["input_ids"], self.tokenizer
         )
         return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
@@ -124,11 +104,6 @@ class _Encoder:
         if not positions:
             raise DataError(f"row {row.id}: the completion gives no token to learn; fill or remove the row")
         return Example(ids, None, positions, [ids[place + 1] for place in positions])
-
-    def _with_end(self, ids: list[int]) -> list[int]:
-        """The end of the text is learnt, too."""
-        end = self.tokenizer.eos_token_id
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids

@@ -15,16 +15,18 @@ from torch import Tensor
 class Example:
     """One sequence: the head reads the states at `positions`, and shall say `labels` there, one each.
 
-    A label is a number of a class or token, a value, or a list of yes (1.0) and no (0.0).
+    A label is a number of a class or token, a value, or a list of yes (1.0) and no (0.0). Where an encoder
+    reads `input_ids` and a decoder `decoder_input_ids`, positions are the decoder's.
     """
 
     input_ids: list[int]
     token_type_ids: list[int] | None
     positions: list[int]
     labels: list[Any]
+    decoder_input_ids: list[int] | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.input_ids) + len(self.decoder_input_ids or ())
 
 
 @dataclass(frozen=True)

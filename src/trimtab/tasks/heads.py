@@ -15,8 +15,8 @@ from trimtab.tasks.token_loss import Readout
 
 
 def backbone_of(model: Any) -> Any:
-    """The part of a model with a head that turns tokens into hidden states."""
-    return getattr(model, model.base_model_prefix)
+    """The part of a model with a head that turns tokens into hidden states; T5 has no such part, and is it all."""
+    return getattr(model, model.base_model_prefix, model)
 
 
 def pools_last_token(model: Any) -> bool:
@@ -46,11 +46,14 @@ def readout_of(model: Any) -> Readout:
     weight = getattr(head, "weight", None)
     if weight is None or weight.dim() != 2:
         raise NotImplementedError(f"the head of {type(model).__name__}")
+    adapted = head if hasattr(head, "base_layer") else None  # peft's layers have one
+    if model.config.is_encoder_decoder:  # what enters its head is scaled already; BART's bias is no part of it
+        bias = getattr(model, "final_logits_bias", None)
+        return Readout(weight, getattr(head, "bias", None) if bias is None else bias[0], 1.0, None, adapted)
     config = model.config.get_text_config()
     # Granite divides by logits_scaling, Cohere multiplies by logit_scale; Gemma caps.
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    adapted = head if hasattr(head, "base_layer") else None  # peft's layers have one
     return Readout(weight, getattr(head, "bias", None), float(scale), softcap, adapted)
 
 

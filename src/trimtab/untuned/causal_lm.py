@@ -1,4 +1,4 @@
-"""Language models that need no tuning: frequencies of tokens, and the base itself."""
+"""Language modelling without a model: frequencies of tokens."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import time
 
 import numpy as np
 
-from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict_outputs, record_system, scoring_cost
+from trimtab.evaluation.evaluate import record_system
 from trimtab.evaluation.token_predictions import token_predictions_for
 from trimtab.job import EncodedSplits, Job
-from trimtab.models import count_parameters
 
-SYSTEMS = ("token-frequencies", "base-model")
+NAME = "token-frequencies"
 
 
 def score_token_frequencies(job: Job, encoded: EncodedSplits, vocabulary: int) -> None:
     """Each token by its share among those learnt from in train, with one added to every count (Laplace)."""
-    folder = job.run.baseline("token-frequencies")
+    folder = job.run.baseline(NAME)
     if folder.is_scored:
         return
     started = time.perf_counter()
@@ -28,21 +27,3 @@ def score_token_frequencies(job: Job, encoded: EncodedSplits, vocabulary: int) -
     predictions = token_predictions_for([row.id for row in job.data.test], of_row, losses[labels], hits)
     cost = {"train_seconds": time.perf_counter() - started}
     record_system(folder, predictions, title="token frequencies", kind="baseline", cost=cost)
-
-
-def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits) -> None:
-    """The base as it is, on the test rows."""
-    folder = job.run.baseline("base-model")
-    if folder.is_scored:
-        return
-    job.progress.stage("Scoring the base: test")
-    scores = scorer.score(encoded.test, job.progress)
-    parameters = count_parameters(scorer.base.model)
-    cost = scoring_cost(scores, len(job.data.test)) | {
-        "total_parameters": parameters,
-        "trainable_parameters": 0,
-        "trainable_percent": 0.0,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    predictions = predict_outputs(job.task, job.data.test, encoded.test, [], scores.outputs)
-    record_system(folder, predictions, title="base model", kind="base", cost=cost)
