@@ -223,7 +223,6 @@ def run_loop(
     """Hand the study's parts to the loop."""
     device = scorer.base.device
     forward = scorer.choice.forward
-    labels = torch.tensor(validation.labels.tolist())
 
     def compute_loss(batch: Batch) -> Tensor:
         return scorer.task.loss(forward, batch.to(device))
@@ -232,7 +231,7 @@ def run_loop(
         set_adapter_training(peft_model, False)
         outputs = scorer.score(validation).outputs
         set_adapter_training(peft_model, True)
-        figures = scorer.task.summarise(outputs, labels)
+        figures = scorer.task.summarise(outputs, validation)
         start = " (the linear probe)" if state.step == 0 and scorer.task.has_probe else ""
         told = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "score")
         progress.note(f"step {state.step}/{len(plan)}{start}: validation {told}")

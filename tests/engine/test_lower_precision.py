@@ -17,8 +17,10 @@ from trimtab.tasks import get_task
 
 needs_compiler = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here: no int8")
 FORMATS = [pytest.param("int8", marks=needs_compiler), "bfloat16"]
-# Conv1D, a build without fused layers, a method that no fused layer computes, one that reads its base's weight.
-CASES = [("gpt2", "lora"), ("distilbert", "lora"), ("llama", "ia3"), ("bert", "dora"), ("mpnet", "lora")]
+# Conv1D, a build without fused layers, a method that no fused layer computes, one that reads its base's weight,
+# one that adds to its base's output in place.
+CASES = [("gpt2", "lora"), ("distilbert", "lora"), ("llama", "ia3"), ("bert", "dora"), ("mpnet", "lora"),
+         ("llama", "adalora")]  # fmt: skip
 
 
 class Case:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +43,10 @@ class Batch:
     labels: Tensor
     rows: list[int]
     tokens: int
+    positions_by_text: list[int]
+    terms: int  # that the loss is a mean of
     decoder_input_ids: Tensor | None = None
+    references: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
@@ -109,20 +114,30 @@ def _in_groups(rows: list[int], lengths: Sequence[int], generator: torch.Generat
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows into tensors, the way the model's forward wants them."""
+    """Turns rows into tensors, the way the model's forward wants them.
+
+    A row is one example, or as many neighbours as stay `together`.
+    """
 
     examples: Sequence[Example]
     packed: bool
     position_offset: int
     pad_token_id: int
+    together: int = 1
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of every row."""
+        starts = range(0, len(self.examples), self.together)
+        return [sum(map(len, self.examples[start : start + self.together])) for start in starts]
 
     def plan(self, tokens_per_batch: int, shuffle_seed: int | None) -> list[list[int]]:
-        lengths = list(map(len, self.examples))
-        return plan_batches(lengths, tokens_per_batch, shuffle_seed=shuffle_seed, padded=not self.packed)
+        return plan_batches(self.lengths, tokens_per_batch, shuffle_seed=shuffle_seed, padded=not self.packed)
 
     def collate(self, rows: Sequence[int]) -> Batch:
         # Equal lengths side by side, so that attention can take each run as a view.
-        ordered = sorted(rows, key=lambda row: len(self.examples[row]))
+        texts = (row * self.together + part for row in rows for part in range(self.together))
+        ordered = sorted(texts, key=lambda row: len(self.examples[row]))
         examples = [self.examples[row] for row in ordered]
         return (self._pack if self.packed else self._pad)(ordered, examples)
 
@@ -138,9 +153,8 @@ class Collator:
             attention_mask=None,
             runs=runs_of(lengths),
             pooled=_places(examples, starts),
-            labels=torch.tensor([label for example in examples for label in example.labels]),
-            rows=rows,
             tokens=starts[-1],
+            **self._known(rows, examples),
         )
 
     def _pad(self, rows: list[int], examples: list[Example]) -> Batch:
@@ -158,11 +172,22 @@ class Collator:
             attention_mask=pad_right([[1] * len(example.input_ids) for example in examples], 0),
             runs=None,
             pooled=_places(examples, [i * width for i in range(len(examples))]),
-            labels=torch.tensor([label for example in examples for label in example.labels]),
-            rows=rows,
             tokens=sum(map(len, examples)),
             decoder_input_ids=decoder_ids,
+            **self._known(rows, examples),
         )
+
+    def _known(self, rows: list[int], examples: list[Example]) -> dict[str, Any]:
+        """What a batch says of its texts, packed or padded."""
+        references = [example.reference for example in examples if example.reference is not None]
+        positions = [len(example.labels) for example in examples]
+        return {
+            "labels": torch.tensor([label for example in examples for label in example.labels]),
+            "rows": rows,
+            "positions_by_text": positions,
+            "terms": sum(positions) if self.together == 1 else len(rows) // self.together,
+            "references": torch.tensor(references) if references else None,
+        }
 
     def _types(self, values: list[int]) -> Tensor | None:
         return _row(values) if values else None
@@ -218,15 +243,15 @@ class TrainingPlan:
             return [self[step]]
         groups: list[list[int]] = [[] for _ in range(count)]
         sizes = [0] * count
-        for row in sorted(rows, key=lambda row: -len(self.collator.examples[row])):
+        for row in sorted(rows, key=lambda row: -self.collator.lengths[row]):
             smallest = sizes.index(min(sizes))
             groups[smallest].append(row)
-            sizes[smallest] += len(self.collator.examples[row])
+            sizes[smallest] += self.collator.lengths[row]
         return [self.collator.collate(group) for group in groups]
 
     @property
     def largest_tokens(self) -> int:
         """Tokens of the largest batch that is computed at once, about."""
-        lengths = [len(example) for example in self.collator.examples]
+        lengths = self.collator.lengths
         return max(max(sum(lengths[row] for row in rows) // self.parts_per_step, max(lengths[row] for row in rows))
                    for rows in self.steps)  # fmt: skip

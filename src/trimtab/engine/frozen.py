@@ -56,8 +56,9 @@ class FrozenLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self._lowered is None:
             return F.linear(input, self.by_columns, self.bias)
-        result: Tensor = _LoweredProduct.apply(input, self._lowered, self.bias)  # type: ignore[no-untyped-call]
-        return result
+        rows = input.reshape(-1, input.shape[-1])
+        result: Tensor = _LoweredProduct.apply(rows, self._lowered, self.bias)  # type: ignore[no-untyped-call]
+        return result.view(*input.shape[:-1], -1)  # out here, since AdaLoRA adds to it in place
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -90,15 +91,14 @@ def multiply_backward(grad: Tensor, weight: Weight | Tensor) -> Tensor:
 
 class _LoweredProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Weight | Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Weight | Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return multiply(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], -1)
+        return multiply(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_input = multiply_backward(grad.reshape(-1, grad.shape[-1]), ctx.weight)
-        return by_input.view(*grad.shape[:-1], -1), None, None
+        return multiply_backward(grad, ctx.weight), None, None
 
 
 def _is_frozen(layer: nn.Module) -> bool:

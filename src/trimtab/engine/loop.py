@@ -109,15 +109,15 @@ def _step(
 ) -> dict[str, float] | None:
     """One update; None, and nothing changed, if the loss or a gradient is not finite.
 
-    A batch in parts gives the update of the whole: each part weighs as much as the positions that it learns.
+    A batch in parts gives the update of the whole: each part weighs as much as the positions, or pairs, that it learns.
     """
     parts = plan.parts(state.step)
-    positions = sum(len(part.labels) for part in parts)
+    terms = sum(part.terms for part in parts)
     parameters = list(state.parameters.values())
     state.optimizer.zero_grad(set_to_none=True)
     loss = 0.0
     for part in parts:
-        share = compute_loss(part) * (len(part.labels) / positions)
+        share = compute_loss(part) * (part.terms / terms)
         share.backward()  # type: ignore[no-untyped-call]
         loss += float(share.detach())
     if state.schedule is not None:

@@ -42,13 +42,13 @@ class Scorer:
     def collator(self, encoded: EncodedRows) -> Collator:
         forward = self.choice.forward
         pad = self.base.tokenizer.pad_token_id
-        return Collator(encoded.examples, forward.packed, self.choice.position_offset, pad)
+        return Collator(encoded.examples, forward.packed, self.choice.position_offset, pad, encoded.together)
 
     def first_batch(self, encoded: EncodedRows, tokens: int = 256) -> Batch:
         """A batch of the first rows, as many as make up `tokens`."""
-        ends = accumulate(map(len, encoded.examples))
-        rows = sum(end <= tokens for end in ends)
-        return self.collator(encoded).collate(range(max(1, rows))).to(self.base.device)
+        collator = self.collator(encoded)
+        rows = sum(end <= tokens for end in accumulate(collator.lengths))
+        return collator.collate(range(max(1, rows))).to(self.base.device)
 
     def score(self, encoded: EncodedRows, progress: Progress | None = None, features: bool = False) -> Scores:
         collator = self.collator(encoded)

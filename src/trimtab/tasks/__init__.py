@@ -55,8 +55,8 @@ class Task(Protocol):
         """[positions, columns], float32: what scores are made from, and what a reload is held against."""
         ...
 
-    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Figures of validation rows; the highest `score` is best."""
+    def summarise(self, outputs: Tensor, encoded: EncodedRows) -> dict[str, float]:
+        """Figures of the validation rows that gave `outputs`; the highest `score` is best."""
         ...
 
 

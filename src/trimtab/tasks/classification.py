@@ -43,8 +43,9 @@ class Classification:
         """Logits [texts, classes]."""
         return forward.logits(batch)
 
-    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def summarise(self, outputs: Tensor, encoded: EncodedRows) -> dict[str, float]:
         """Figures to validate by; the highest `score` is best."""
+        labels = encoded.label_tensor
         accuracy = float((outputs.argmax(-1) == labels).double().mean())
         return {"loss": float(classification_loss(outputs, labels)), "accuracy": accuracy, "score": accuracy}
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class Example:
     positions: list[int]
     labels: list[Any]
     decoder_input_ids: list[int] | None = None
+    reference: float | None = None  # log-probability of all labels under another model, where one is asked for
 
     def __len__(self) -> int:
         return len(self.input_ids) + len(self.decoder_input_ids or ())
@@ -31,16 +33,25 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """`rows[i]` is the number of the row that `examples[i]` comes from: a long text may be several examples."""
+    """`rows[i]` is the number of the row that `examples[i]` comes from: a long text may be several examples.
+
+    So many neighbours as `together` stay in one batch, since the loss is about all of them.
+    """
 
     examples: list[Example]
     rows: list[int]
     truncated: int
+    together: int = 1
 
     @cached_property
     def labels(self) -> NDArray[Any]:
         """[positions], or [positions, columns]: every label, in the examples' order."""
         return np.array([label for example in self.examples for label in example.labels])
+
+    @cached_property
+    def label_tensor(self) -> Tensor:
+        """`labels` as the loss takes them: values and yes or no in float32."""
+        return torch.tensor(self.labels.tolist())
 
     @property
     def tokens(self) -> int:
@@ -49,19 +60,31 @@ class EncodedRows:
     def __add__(self, other: EncodedRows) -> EncodedRows:
         first = max(self.rows, default=-1) + 1
         rows = [*self.rows, *(first + row for row in other.rows)]
-        return EncodedRows([*self.examples, *other.examples], rows, self.truncated + other.truncated)
+        return EncodedRows([*self.examples, *other.examples], rows, self.truncated + other.truncated, self.together)
 
     def first(self, rows: int) -> EncodedRows:
         """The examples of the first `rows` rows."""
         count = sum(row < rows for row in self.rows)
-        return EncodedRows(self.examples[:count], self.rows[:count], self.truncated)
+        return EncodedRows(self.examples[:count], self.rows[:count], self.truncated, self.together)
 
 
 class Batch(Protocol):
-    """What a task reads of a batch: `labels` [positions], for all its texts."""
+    """What a task reads of a batch: `labels` [positions], for all its texts, and how many belong to each text.
+
+    `rows` are the places of the texts in the encoded data, `references` [texts] their examples' own.
+    """
 
     @property
     def labels(self) -> Tensor: ...
+
+    @property
+    def positions_by_text(self) -> list[int]: ...
+
+    @property
+    def rows(self) -> list[int]: ...
+
+    @property
+    def references(self) -> Tensor | None: ...
 
 
 class Forward(Protocol):

@@ -39,8 +39,9 @@ class Multilabel:
         """Logits [texts, labels]."""
         return forward.logits(batch)
 
-    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def summarise(self, outputs: Tensor, encoded: EncodedRows) -> dict[str, float]:
         """Figures to validate by; the highest `score` is best."""
+        labels = encoded.label_tensor
         said, true = outputs > 0, labels > 0.5
         hits = float((said & true).sum())
         f1 = 2 * hits / max(1.0, float(said.sum() + true.sum()))

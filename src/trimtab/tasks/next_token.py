@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.tasks.examples import Batch, Forward
+from trimtab.tasks.examples import Batch, EncodedRows, Forward
 from trimtab.tasks.heads import readout_of
 from trimtab.tasks.token_loss import mean_token_loss, token_losses
 
@@ -29,7 +29,7 @@ class NextToken:
         losses, hits = token_losses(readout_of(forward.model), forward.states(batch), batch.labels)
         return torch.stack([losses, hits.float()], dim=1)
 
-    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def summarise(self, outputs: Tensor, encoded: EncodedRows) -> dict[str, float]:
         """Figures to validate by; the highest `score` is best."""
         loss = float(outputs[:, 0].double().mean())
         return {"loss": loss, "perplexity": float(torch.tensor(loss).exp()), "score": -loss}

@@ -35,7 +35,8 @@ class Regression:
         """The numbers [texts, 1]."""
         return forward.logits(batch)
 
-    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def summarise(self, outputs: Tensor, encoded: EncodedRows) -> dict[str, float]:
         """Figures to validate by; the highest `score` is best."""
+        labels = encoded.label_tensor
         loss = float(F.mse_loss(outputs.squeeze(-1).double(), labels.double()))
         return {"loss": loss, "rmse": loss**0.5, "score": -loss}

@@ -48,8 +48,9 @@ class TokenClassification:
         """Logits [words, tags]."""
         return forward.logits(batch)
 
-    def summarise(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def summarise(self, outputs: Tensor, encoded: EncodedRows) -> dict[str, float]:
         """Figures to validate by; the highest `score` is best: the loss, since most words bear no tag."""
+        labels = encoded.label_tensor
         loss = float(classification_loss(outputs, labels))
         return {"loss": loss, "accuracy": float((outputs.argmax(-1) == labels).double().mean()), "score": -loss}
 

@@ -44,12 +44,17 @@ def mean_token_loss(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
         frozen: Tensor = _FrozenReadout.apply(states, readout, labels)  # type: ignore[no-untyped-call]
         return frozen
 
+    return learnt_token_losses(readout, states, labels).sum() / len(labels)
+
+
+def learnt_token_losses(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each position [positions], with a graph; each chunk's logits are computed again for the backward."""
+
     def of_chunk(part: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(readout.logits(part).float(), wanted, reduction="sum")
+        return F.cross_entropy(readout.logits(part).float(), wanted, reduction="none")
 
     chunks = zip(torch.split(states, CHUNK_POSITIONS), torch.split(labels, CHUNK_POSITIONS), strict=True)
-    sums = [checkpoint(of_chunk, part, wanted, use_reentrant=False) for part, wanted in chunks]
-    return torch.stack(sums).sum() / len(labels)
+    return torch.cat([checkpoint(of_chunk, part, wanted, use_reentrant=False) for part, wanted in chunks])
 
 
 def token_losses(readout: Readout, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
