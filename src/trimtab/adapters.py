@@ -21,6 +21,7 @@ from trimtab.errors import ReloadError, SourceError
 from trimtab.evaluation.evaluate import Scorer, make_scorer, predict_outputs, record_system, scoring_cost
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import Predictions, compute_metrics
+from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.evaluation.text_predictions import TextPredictions
 from trimtab.generation import continue_prompts, write_answers
 from trimtab.methods import WholeModel, get_method, virtual_tokens_of
@@ -30,9 +31,10 @@ from trimtab.progress import Progress
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_file, write_folder, write_json, write_jsonl
 from trimtab.sources import ModelSource, fingerprint_model, locate_model
 from trimtab.study_config import StudyConfig, build_study, read_study_file
-from trimtab.tasks import get_task
-from trimtab.tasks.causal_lm import prompt_of
+from trimtab.tasks import task_of
+from trimtab.tasks.causal_lm import CausalLM, prompt_of
 from trimtab.tasks.examples import EncodedRows
+from trimtab.tasks.preference import Preference, refer_to
 
 # Largest difference in logits between training's end and a fresh process.
 RELOAD_TOLERANCE = 1e-4
@@ -124,7 +126,7 @@ def load_scorer(study: StudyConfig, trial: TrialFolder, progress: Progress) -> t
             f"{study.model} is not the base of {trial.adapter}: its weights have SHA-256 {found[:12]}…, "
             f"the adapter was trained on {facts['base_sha256'][:12]}…; give the base it was trained on"
         )
-    task = get_task(facts["task"])
+    task = task_of(study)
     is_whole = not get_method(study.method).is_adapter
     if is_whole:
         source = ModelSource(study.model, str(trial.adapter), True)
@@ -145,7 +147,7 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
     progress.stage(f"Scoring {trial.name} from its saved folder")
     scorer, peft_model = load_scorer(study, trial, progress)
     rows = read_rows(run.test_rows)
-    encoded = scorer.encode(rows)
+    encoded = _encode(run, scorer, rows)
     training = read_json(trial.training)
     most = read_json(trial.facts_in(trial.adapter)).get("max_new_tokens")
 
@@ -175,12 +177,22 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
         in_training_precision=other,
     )
     save_logits(trial.logits, scores.outputs)
-    if scorer.task.name == "causal_lm":
+    if isinstance(scorer.task, CausalLM):
         write_samples(study, scorer, peft_model, rows, encoded, trial, progress)
     elif isinstance(predictions, TextPredictions):
         base = read_predictions(run.baseline("base-model").predictions)
         assert isinstance(base, TextPredictions)
         write_jsonl(trial.samples, sample_answers(rows, base, predictions))
+
+
+def _encode(run: RunFolder, scorer: Scorer, rows: Sequence[Row]) -> EncodedRows:
+    """The test rows; preferences with what the base was found to make of them."""
+    encoded = scorer.encode(rows)
+    if not isinstance(scorer.task, Preference):
+        return encoded
+    base = read_predictions(run.baseline("base-model").predictions)
+    assert isinstance(base, PreferencePredictions)
+    return refer_to(encoded, torch.from_numpy(base.log_probabilities))
 
 
 def write_samples(

@@ -121,7 +121,8 @@ def show_comparison(comparison: dict[str, Any], folder: Path) -> None:
     """The table of systems, the verdicts, and where the report lies."""
     out = _output()
     table = Table(title=f"{comparison['study']}: {comparison['data']['test_rows']:,} test rows", title_justify="left")
-    primary, *others = _SHOWN_METRICS[comparison["primary_metric"]]
+    known = comparison["systems"][0]["metrics"]
+    primary, *others = (name for name in _SHOWN_METRICS[comparison["primary_metric"]] if name in known)
     headings = (f"{primary} [95 % interval]", *others, "trainable", "train s", "evaluate s")
     table.add_column("system", no_wrap=True)
     for heading in headings:
@@ -130,7 +131,7 @@ def show_comparison(comparison: dict[str, Any], folder: Path) -> None:
         metrics, cost = system["metrics"], system["cost"]
         table.add_row(
             system["title"], _with_interval(primary, metrics[primary]),
-            *(f"{metrics[name]['value']:.3f}" for name in others), _cost(cost["trainable_parameters"], ",d"),
+            *(_cost(metrics[name]["value"], ".3f") for name in others), _cost(cost["trainable_parameters"], ",d"),
             _cost(cost["train_seconds"], ".1f"), _cost(cost["evaluate_seconds"], ".1f"),
             style="bold" if system["kind"] == "tuned" else None,
         )  # fmt: skip

@@ -6,6 +6,7 @@ Each stage leaves its files in the run folder; a stage whose files are there is 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,10 +30,11 @@ from trimtab.report import write_report
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_json
 from trimtab.sources import ModelSource, fingerprint_files, fingerprint_model, locate_model
 from trimtab.study_config import StudyConfig
-from trimtab.tasks import Task, get_task
+from trimtab.tasks import Task, task_of
 from trimtab.tasks.classification import Classification, balance_classes
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear, readout_of
+from trimtab.tasks.preference import Preference, log_probabilities, refer_to
 from trimtab.tasks.seq2seq import longest_target
 from trimtab.tuning import cached_prefix, tune
 from trimtab.untuned import score_untuned, untuned_are_scored
@@ -91,7 +93,7 @@ def _keep_estimate(job: Job) -> None:
 def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False, *, claim: bool = True) -> Job:
     """Every check that needs no weights; then the run folder is this study's, if it is to be claimed."""
     get_method(study.method)
-    task = get_task(study.task)
+    task = task_of(study)
     run = RunFolder(study.run_folder)
     if claim:
         run.check_free(study.to_yaml(), overwrite)
@@ -154,11 +156,23 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     with cached_prefix(job.study, scorer, base_sha256, job.progress):
         with job.timed("base"):
             probe = score_untuned(job, scorer, encoded, precision)
+        if isinstance(job.task, Preference):
+            encoded = refer_splits(job, scorer, encoded)
         if not trial.trained_logits.is_file():
             with job.timed("tune"):
                 tune(job.study, scorer, encoded, probe, precision, trial, facts, job.progress)
     with job.timed("reload and evaluate"):
         prove_reload(job.run, trial, job.progress)
+
+
+def refer_splits(job: Job, scorer: Scorer, encoded: EncodedSplits) -> EncodedSplits:
+    """What is learnt and validated on, with the log-probabilities that the base, still without adapter, gives it."""
+    job.progress.stage("Scoring the base: train and validation (the reference of the preferences)")
+    found = {}
+    for name in ("train", "validation"):
+        rows: EncodedRows = getattr(encoded, name)
+        found[name] = refer_to(rows, log_probabilities(scorer.score(rows, job.progress).outputs, rows))
+    return replace(encoded, **found)
 
 
 def encode_splits(job: Job, scorer: Scorer) -> EncodedSplits:
@@ -172,7 +186,7 @@ def encode_splits(job: Job, scorer: Scorer) -> EncodedSplits:
         f"tokens a text: median {train['median']:.0f}, 95 % within {train['p95']:.0f}, longest {train['longest']}; "
         f"{train['total']:,} in train"
     )
-    if any(len(encoded.examples) > len(set(encoded.rows)) for encoded in splits.values()):
+    if any(len(rows.examples) > len(set(rows.rows)) * rows.together for rows in splits.values()):
         blocks = ", ".join(f"{len(encoded.examples):,} {name}" for name, encoded in splits.items())
         job.progress.note(f"long texts are cut into blocks of {scorer.max_length_tokens} tokens: {blocks}")
         return EncodedSplits(**splits)

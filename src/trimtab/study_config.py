@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trimtab.errors import StudyError, suggest
 
-Task = Literal["classification", "multilabel", "regression", "token_classification", "causal_lm", "seq2seq"]
+Task = Literal["classification", "multilabel", "regression", "token_classification", "causal_lm", "seq2seq",
+               "preference"]  # fmt: skip
 Quantize = Literal["none", "8bit", "4bit"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "auto"]
 
@@ -29,8 +30,8 @@ class StudyConfig(BaseModel):
     task: Task = Field(
         "classification",
         description="What is learnt: classification (one label a text), multilabel (any number of labels), regression "
-        "(a number), token_classification (a tag a word), causal_lm (texts, prompts with completions, chats), or "
-        "seq2seq (a text for a text, by an encoder and a decoder).",
+        "(a number), token_classification (a tag a word), causal_lm (texts, prompts with completions, chats), "
+        "seq2seq (a text for a text, by an encoder and a decoder), or preference (the better of two answers, by DPO).",
     )
     train_data: str = Field(
         "starter:rotten-tomatoes",
@@ -47,6 +48,12 @@ class StudyConfig(BaseModel):
     )
     target_column: str | None = Field(
         None, description="seq2seq: column with the text that is to be written; found by name if missing."
+    )
+    chosen_column: str | None = Field(
+        None, description="preference: column with the better answer; found by name if missing."
+    )
+    rejected_column: str | None = Field(
+        None, description="preference: column with the other answer; found by name if missing."
     )
     messages_column: str | None = Field(
         None, description="causal_lm: column with chats, lists of role and content; the assistant's turns are learnt."
@@ -88,6 +95,11 @@ class StudyConfig(BaseModel):
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="classification: balanced weighs each class's loss by one over its share of the rows."
+    )
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="preference: how strongly DPO holds the tuned model to the base; less lets it go far.",
     )
     num_train_epochs: float = Field(2.0, gt=0, description="Passes over the training rows.")
     tokens_per_batch: int = Field(512, ge=8, description="Tokens in a training batch; texts are packed, not padded.")

@@ -23,7 +23,7 @@ from trimtab.progress import Progress
 from trimtab.runs import read_json, write_json
 from trimtab.study_config import StudyConfig, build_study
 from trimtab.tasks import TASKS, Task, get_task
-from trimtab.tasks.examples import Example
+from trimtab.tasks.examples import EncodedRows, Example
 from trimtab.tasks.heads import pools_last_token
 
 _VOCABULARY = 96
@@ -136,12 +136,14 @@ def head_names(model: Any) -> list[str]:
     return [name for name, _ in model.named_children() if name in ("score", "classifier", "pre_classifier")]
 
 
-def make_examples(task: Task, model: Any, lengths: Iterable[int] = (9, 5, 9, 12)) -> list[Example]:
+def make_rows(task: Task, model: Any, lengths: Iterable[int] = (9, 5, 9, 12)) -> EncodedRows:
     """Random texts with something to learn at each position that the task reads."""
     generator = torch.Generator().manual_seed(1)
     make = _EXAMPLES[task.name]
-    return [make(torch.randint(3, _VOCABULARY, (length,), generator=generator).tolist(), number, model)
-            for number, length in enumerate(lengths)]  # fmt: skip
+    examples = [make(torch.randint(3, _VOCABULARY, (length,), generator=generator).tolist(), number, model)
+                for number, length in enumerate(lengths)]  # fmt: skip
+    together = 2 if task.name == "preference" else 1
+    return EncodedRows(examples, [number // together for number in range(len(examples))], 0, together)
 
 
 _EXAMPLES: dict[str, Callable[[list[int], int, Any], Example]] = {
@@ -158,6 +160,7 @@ _EXAMPLES: dict[str, Callable[[list[int], int, Any], Example]] = {
         ids, None, list(range(0, len(ids), 2)), [token % 3 for token in ids[::2]]
     ),
     "causal_lm": lambda ids, number, model: Example(ids, None, list(range(len(ids) - 1)), ids[1:]),
+    "preference": lambda ids, number, model: Example(ids, None, list(range(2, len(ids) - 1)), ids[3:], reference=-20.0),
     "seq2seq": lambda ids, number, model: Example(ids, None, list(range(len(ids) - 2)), ids[2:], [0, *ids[2:-1]]),
 }
 
@@ -174,11 +177,11 @@ def train_two_steps(model: Any, task: Task, study: StudyConfig) -> None:
     set_adapter_training(peft_model, True)
     parameters = trainable_parameters(peft_model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
-    examples = make_examples(task, model)
-    collator = Collator(examples, choice.forward.packed, choice.position_offset, 0)
+    rows = make_rows(task, model)
+    collator = Collator(rows.examples, choice.forward.packed, choice.position_offset, 0, rows.together)
     for _ in range(2):  # in the first some gradients are zero where the other factor is
         optimizer.zero_grad()
-        loss = task.loss(choice.forward, collator.collate(range(len(examples))))
+        loss = task.loss(choice.forward, collator.collate(range(len(collator.lengths))))
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     if not torch.isfinite(loss):

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -33,13 +34,21 @@ from trimtab.evaluation.baselines import LinearProbe
 from trimtab.evaluation.evaluate import Scorer, fit_probe, peak_memory_bytes
 from trimtab.job import EncodedSplits
 from trimtab.machine import package_versions
-from trimtab.methods import attach_adapter, find_layers, get_method, learning_rate_of, make_schedule
+from trimtab.methods import (
+    attach_adapter,
+    find_layers,
+    get_method,
+    learning_rate_of,
+    make_schedule,
+    start_prefix,
+    virtual_tokens_of,
+)
 from trimtab.precision import describe_precision, use_float32, use_precision
 from trimtab.progress import Progress
 from trimtab.runs import TrialFolder, write_json, write_jsonl
 from trimtab.study_config import StudyConfig
 from trimtab.tasks.examples import EncodedRows
-from trimtab.tasks.heads import final_linear
+from trimtab.tasks.heads import backbone_of, final_linear
 
 
 def tune(
@@ -119,6 +128,8 @@ def start_adapter(
     peft_model = attach_adapter(base.model, study, base.new_modules, tokens, progress)
     save_start(peft_model, trial.start)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
+    first_tokens = chain.from_iterable(example.input_ids for example in data.train.examples)
+    start_prefix(peft_model, backbone_of(base.model), list(islice(first_tokens, virtual_tokens_of(study))))
     if probe is not None:
         if not get_method(study.method).starts_at_base:
             set_adapter_training(peft_model, False)

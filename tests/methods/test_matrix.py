@@ -16,7 +16,7 @@ from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.engine.loop import LoopSettings, make_state, train
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.methods import METHODS, attach_adapter, get_method, make_schedule
-from trimtab.support import FAMILIES, build_tiny_model, head_names, make_examples, probe, small_study
+from trimtab.support import FAMILIES, build_tiny_model, head_names, make_rows, probe, small_study
 from trimtab.tasks import TASKS, get_task
 
 # What cannot work, with a word of the reason; all else has to.
@@ -26,7 +26,7 @@ ENCODERS = {"BERT", "RoBERTa", "DistilBERT"}
 
 
 def expected_gap(method, task, family):
-    if (task == "causal_lm" and family in ENCODERS) or (task == "seq2seq") != (family == "T5"):
+    if (task in ("causal_lm", "preference") and family in ENCODERS) or (task == "seq2seq") != (family == "T5"):
         return f"has no model for {task}"
     if family == "GPT-2" and method in CONV1D:
         return "Conv1D"
@@ -39,7 +39,8 @@ def expected_gap(method, task, family):
 
 # These share classification's layers, so fewer families show what they add; `trimtab methods` tries them all.
 SMALLER = {"multilabel": ("BERT", "Llama"), "regression": ("BERT", "Llama"),
-           "token_classification": ("BERT", "DistilBERT", "GPT-2", "Llama"), "seq2seq": ("T5",)}  # fmt: skip
+           "token_classification": ("BERT", "DistilBERT", "GPT-2", "Llama"), "seq2seq": ("T5",),
+           "preference": ("Llama",)}  # fmt: skip
 COMBINATIONS = [(method, task, family) for method in METHODS for task in TASKS
                 for family in SMALLER.get(task, FAMILIES) if task == "seq2seq" or family != "T5"]  # fmt: skip
 COMBINATIONS += [("lora", task, "T5") for task in TASKS if task != "seq2seq"] + [("lora", "seq2seq", "BERT")]
@@ -54,7 +55,8 @@ class Trained:
         self.task, self.family = get_task(task), family
         self.base = build_tiny_model(self.task, family)
         enlarge_head(self.base)
-        self.examples = make_examples(self.task, self.base)
+        self.rows = make_rows(self.task, self.base)
+        self.examples = self.rows.examples
         self.start = self.alone(self.base)
         torch.manual_seed(1)
         study = small_study(method, task).model_copy(update={"lora_dropout": 0.0})
@@ -74,11 +76,12 @@ class Trained:
             self.peft_model, heads, folder / "adapter", folder / "start" if (folder / "start").is_dir() else None
         )
 
-    def collator(self):
-        return Collator(self.examples, self.choice.forward.packed, self.choice.position_offset, 0)
+    def collator(self, together=1):
+        return Collator(self.examples, self.choice.forward.packed, self.choice.position_offset, 0, together)
 
     def batch(self):
-        return self.collator().collate(range(len(self.examples)))
+        collator = self.collator(self.rows.together)
+        return collator.collate(range(len(collator.lengths)))
 
     def loss(self):
         with torch.no_grad():
@@ -104,7 +107,7 @@ class Trained:
             return torch.cat([forward.logits(collator.collate([i])) for i in range(len(self.examples))])
 
     def train(self, method):
-        plan = TrainingPlan(self.collator(), 64, 0, 15)
+        plan = TrainingPlan(self.collator(self.rows.together), 64, 0, 15)
         schedule = make_schedule(method, self.peft_model, len(plan))
         parameters = trainable_parameters(self.peft_model)
         state = make_state(parameters, 0.0, method.rates or (lambda name: 1.0), schedule)

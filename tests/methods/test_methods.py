@@ -8,9 +8,23 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from samples import tiny_config
+from trimtab.engine.batches import Collator
+from trimtab.engine.forward import choose_forward, use_stock_attention
+from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import StudyError
-from trimtab.methods import attach_adapter, find_layers, find_target_modules, get_method, learning_rate_of
+from trimtab.methods import (
+    attach_adapter,
+    find_layers,
+    find_target_modules,
+    get_method,
+    learning_rate_of,
+    start_prefix,
+)
 from trimtab.study_config import build_study
+from trimtab.support import build_tiny_model, head_names, small_study
+from trimtab.tasks import get_task
+from trimtab.tasks.examples import Example
+from trimtab.tasks.heads import backbone_of
 
 
 def test_gpt2_lora_counts(capsys):
@@ -126,3 +140,29 @@ def test_layers_without_numbers(tiny_model):
 def test_a_method_without_layers_says_so(tiny_model):
     with pytest.raises(StudyError, match="goes to all layers"):
         attach_adapter(tiny_model("llama"), build_study({"method": "ia3", "layers_to_transform": "upper-half"}), [])
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Llama", "Qwen2", "Mistral"])
+def test_a_prefix_starts_as_a_real_text_does(family):
+    task = get_task("causal_lm")
+    model = build_tiny_model(task, family)
+    beginning, rest = [5, 9, 17, 33], [7, 8, 44, 51, 12]
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([beginning + rest])).logits[0, len(beginning) :]
+    choice = choose_forward(model, 0, 16, False)
+    peft_model = attach_adapter(model, small_study("prefix_tuning", "causal_lm"), [])
+    forward = prepare_adapted(peft_model, choice).forward
+    start_prefix(peft_model, backbone_of(model), beginning)
+    example = Example(rest, None, list(range(len(rest))), rest)
+    with torch.no_grad():
+        ours = forward.logits(Collator([example], False, 0, 0).collate([0]))
+    assert torch.allclose(ours, whole, atol=1e-5)
+
+
+def test_an_encoder_keeps_a_random_prefix():
+    model = build_tiny_model(get_task("classification"), "BERT")
+    peft_model = attach_adapter(model, small_study("prefix_tuning", "classification"), head_names(model))
+    prompt = peft_model.prompt_encoder.default.embedding.weight.clone()
+    use_stock_attention(model)
+    start_prefix(peft_model, backbone_of(model), [5, 9, 17, 33])
+    assert torch.equal(peft_model.prompt_encoder.default.embedding.weight, prompt)

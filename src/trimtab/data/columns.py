@@ -26,6 +26,8 @@ class Columns:
     group: str | None = None
     completion: str | None = None
     target: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     messages: str | None = None
 
     @property

@@ -8,7 +8,7 @@ from trimtab.data.rows import Row
 from trimtab.errors import DataError
 from trimtab.progress import Progress
 
-_PROMPT_NAMES = ("prompt", "instruction", "question", "input")
+PROMPT_NAMES = ("prompt", "instruction", "question", "input")
 _COMPLETION_NAMES = ("completion", "response", "answer", "output")
 _MESSAGES_NAMES = ("messages", "conversations", "conversation")
 _ROLES = ("system", "user", "assistant", "tool")
@@ -28,7 +28,7 @@ class LanguageReader:
                 progress.note(f"chats in column {found!r} (by its name; --text-column chooses another)")
             return Columns(found, group=group, messages=found)
         learnt = completion or (None if text else look_for(table, _COMPLETION_NAMES))
-        prompt = text or (look_for(table, _PROMPT_NAMES) if learnt else None)
+        prompt = text or (look_for(table, PROMPT_NAMES) if learnt else None)
         if learnt and prompt and learnt != prompt:
             if not (completion and text):
                 progress.note(
@@ -45,7 +45,7 @@ class LanguageReader:
         for index in range(len(table.rows)):
             number, group = f"{split}:{table.lines[index]}", group_of(table, index, columns)
             if columns.messages:
-                messages = _messages_of(table, index, columns.messages)
+                messages = messages_of(table, index, columns.messages)
                 text = "\n".join(message["content"] for message in messages if message["role"] == "assistant")
                 rows.append(Row(number, text, group=group, messages=messages))
             else:
@@ -54,7 +54,7 @@ class LanguageReader:
         return rows
 
 
-def _messages_of(table: Table, index: int, column: str) -> list[dict[str, str]]:
+def messages_of(table: Table, index: int, column: str) -> list[dict[str, str]]:
     """The turns of a chat, as `role` and `content`, whichever of the two usual spellings they have."""
     value = table.rows[index].get(column)
     place = f"{table.place(index)}: column {column!r}"

@@ -13,6 +13,7 @@ from trimtab.data.columns import Columns, Named
 from trimtab.data.duplicates import find_near_duplicates
 from trimtab.data.labels import ClassReader, SeveralReader, ValueReader
 from trimtab.data.language import LanguageReader
+from trimtab.data.preferences import PreferenceReader
 from trimtab.data.reading import Source, Table, read_source
 from trimtab.data.rows import Row
 from trimtab.data.splits import cut_split, take_rows
@@ -45,6 +46,7 @@ READERS: dict[str, Reader] = {
     "token_classification": TagReader(),
     "causal_lm": LanguageReader(),
     "seq2seq": AnswerReader(),
+    "preference": PreferenceReader(),
 }
 
 
@@ -130,6 +132,8 @@ def _named(study: StudyConfig, source: Source, reader: Reader) -> Named:
         "label": study.label_column or (starter.label_column if starter else None),
         "completion": study.completion_column,
         "target": study.target_column,
+        "chosen": study.chosen_column,
+        "rejected": study.rejected_column,
         "messages": study.messages_column,
         "group": study.group_column or (starter.group_column if starter else None),
     }

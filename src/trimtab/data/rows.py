@@ -16,7 +16,8 @@ class Row:
     What is to be said of the text depends on the task: `label` indexes the label names; `labels` do, too,
     one for each of `words`, or those that apply to the whole text; `value` is a number. For language models
     `text` is a whole text, or a prompt or source where there is a `completion`; a chat has its `messages` (role and
-    content), and what the assistant says as its text.
+    content), and what the assistant says as its text. Where an answer was preferred, `completion` is the chosen
+    and `rejected` the other one, to the prompt or to the chat so far.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Row:
     labels: list[int] | None = None
     words: list[str] | None = None
     value: float | None = None
+    rejected: str | None = None
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

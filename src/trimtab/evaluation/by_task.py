@@ -12,6 +12,7 @@ from trimtab.data import Row
 from trimtab.evaluation.class_predictions import predictions_for
 from trimtab.evaluation.multilabel_predictions import MultilabelPredictions
 from trimtab.evaluation.predictions import Predictions
+from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.evaluation.tag_predictions import TagPredictions
 from trimtab.evaluation.text_predictions import TextPredictions
 from trimtab.evaluation.token_predictions import token_predictions_for
@@ -19,6 +20,7 @@ from trimtab.evaluation.value_predictions import ValuePredictions
 from trimtab.tasks.classification import probabilities_of
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.multilabel import marginals_of
+from trimtab.tasks.preference import dpo_losses, log_probabilities, references_of
 
 # (rows, what of them was encoded, label names, outputs [positions, columns]), where these tell all.
 Predict = Callable[[Sequence[Row], EncodedRows, Sequence[str], Tensor], Predictions]
@@ -67,6 +69,17 @@ def predict_texts(
         losses = np.bincount(np.repeat(encoded.rows, counts.astype(int)), outputs[:, 0].double().numpy(), len(rows))
     references = [row.completion or "" for row in rows]
     return TextPredictions([row.id for row in rows], references, list(written), losses, counts)
+
+
+def predict_preferences(rows: Sequence[Row], encoded: EncodedRows, outputs: Tensor, beta: float) -> Predictions:
+    """By rewards over the references; by log-probabilities alone where there are none, as for the base itself."""
+    found = log_probabilities(outputs, encoded)
+    is_base = encoded.examples[0].reference is None
+    log_ratios = torch.zeros_like(found) if is_base else found - references_of(encoded)
+    margins = found if is_base else log_ratios
+    losses = dpo_losses(log_ratios, beta).numpy()
+    ids = [row.id for row in rows]
+    return PreferencePredictions(ids, (margins[:, 0] - margins[:, 1]).numpy(), losses, found.numpy())
 
 
 PREDICT: dict[str, Predict] = {

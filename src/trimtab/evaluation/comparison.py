@@ -12,6 +12,7 @@ from trimtab.evaluation.class_predictions import ClassPredictions
 from trimtab.evaluation.prediction_files import KINDS
 from trimtab.evaluation.predictions import LOWER_IS_BETTER, Floats, Predictions, compute_metrics
 from trimtab.evaluation.statistics import (
+    RIGHT_OR_WRONG,
     bootstrap_metrics,
     bootstrap_p_value,
     holm,
@@ -42,7 +43,7 @@ def contrast(
     low, high = percentile_interval(differences, units)
     ours, theirs = predictions[system], predictions[against]
     p_value, test = bootstrap_p_value(differences, units), "paired_bootstrap"
-    if metric == "accuracy" and isinstance(ours, ClassPredictions) and isinstance(theirs, ClassPredictions):
+    if metric == "accuracy" and isinstance(ours, RIGHT_OR_WRONG) and isinstance(theirs, RIGHT_OR_WRONG):
         p_value, test = mcnemar_exact(ours.correct, theirs.correct), "mcnemar_exact"
     return {
         "system": system,

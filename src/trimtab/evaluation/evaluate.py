@@ -17,7 +17,7 @@ from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.forward import Choice, HeadFeatures, choose_forward, usable_length
 from trimtab.engine.scoring import Scores, score_rows
 from trimtab.evaluation.baselines import LinearProbe, fit_linear_probe
-from trimtab.evaluation.by_task import PREDICT, predict_texts
+from trimtab.evaluation.by_task import PREDICT, predict_preferences, predict_texts
 from trimtab.evaluation.predictions import Predictions, compute_metrics
 from trimtab.models import BaseModel
 from trimtab.progress import Progress
@@ -25,6 +25,7 @@ from trimtab.runs import SystemFolder, read_json, write_json
 from trimtab.tasks import Task
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear
+from trimtab.tasks.preference import Preference
 
 
 @dataclass
@@ -122,6 +123,8 @@ def predict_outputs(
     """
     if written is not None:
         return predict_texts(rows, encoded, written, outputs)
+    if isinstance(task, Preference):
+        return predict_preferences(rows, encoded, outputs, task.beta)
     return PREDICT[task.name](rows, encoded, label_names, outputs)
 
 

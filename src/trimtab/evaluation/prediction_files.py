@@ -10,13 +10,15 @@ from trimtab.errors import DataError
 from trimtab.evaluation.class_predictions import ClassPredictions, parse_class_predictions
 from trimtab.evaluation.multilabel_predictions import MultilabelPredictions, parse_multilabel_predictions
 from trimtab.evaluation.predictions import Predictions
+from trimtab.evaluation.preference_predictions import PreferencePredictions, parse_preference_predictions
 from trimtab.evaluation.tag_predictions import TagPredictions, parse_tag_predictions
 from trimtab.evaluation.text_predictions import TextPredictions, parse_text_predictions
 from trimtab.evaluation.token_predictions import TokenPredictions, parse_token_predictions
 from trimtab.evaluation.value_predictions import ValuePredictions, parse_value_predictions
 from trimtab.runs import read_jsonl
 
-KINDS = (ClassPredictions, MultilabelPredictions, ValuePredictions, TagPredictions, TokenPredictions, TextPredictions)
+KINDS = (ClassPredictions, MultilabelPredictions, ValuePredictions, TagPredictions, TokenPredictions, TextPredictions,
+         PreferencePredictions)  # fmt: skip
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -37,6 +39,8 @@ def _parser_for(line: dict[str, Any]) -> Callable[[Sequence[dict[str, Any]], Pat
         return parse_token_predictions
     if "tokens" in line and isinstance(line.get("label"), str):
         return parse_text_predictions
+    if "log_probabilities" in line:
+        return parse_preference_predictions
     has_list = isinstance(line.get("label"), list)
     if "probabilities" in line:
         return parse_multilabel_predictions if has_list else parse_class_predictions

@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 
 from trimtab.evaluation.class_predictions import ClassPredictions
 from trimtab.evaluation.predictions import Floats, Ints, Predictions, compute_metrics
+from trimtab.evaluation.preference_predictions import PreferencePredictions
 
 Bools = NDArray[np.bool_]
+
+# Kinds of which each row is right or wrong, and accuracy the share of right ones.
+RIGHT_OR_WRONG = (ClassPredictions, PreferencePredictions)
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -138,7 +142,7 @@ def metric_intervals(
     values = compute_metrics(predictions)
     intervals: dict[str, dict[str, float | None]] = {}
     for name in predictions.metrics:
-        if name == "accuracy" and isinstance(predictions, ClassPredictions):
+        if name == "accuracy" and isinstance(predictions, RIGHT_OR_WRONG):
             low, high = wilson_interval(int(predictions.correct.sum()), len(predictions.ids))
         else:
             low, high = percentile_interval(resampled[name], units)

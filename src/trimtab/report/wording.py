@@ -31,6 +31,7 @@ METRIC_TITLES = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "bleu": "BLEU",
+    "margin": "Margin",
 }
 METRIC_WORDS = {"accuracy": "accuracy", "f1": "macro F1", "loss": "loss", "brier": "the Brier score",
                 "perplexity": "perplexity", "token_accuracy": "token accuracy", "rmse": "the root mean squared error",
@@ -57,6 +58,8 @@ METRIC_MEANINGS = {
     "mae": "Mean absolute difference from the true value, in the data's own units; lower is better.",
     "r2": "Share of the true values' variance that is explained; 0 is what their mean does.",
     "pearson": "Correlation of the given with the true values, -1 to 1.",
+    "margin": "How much more the chosen answer is given than the rejected one, in the system's own units (nats for "
+    "models).",
     "brier": "Mean squared distance of the probabilities from the truth, 0 to 2; lower is better.",
 }
 # What differs from the above where the rows bear something else than one label each.
@@ -68,6 +71,11 @@ TASK_MEANINGS = {
         "loss": "Mean binary cross-entropy of a label, in nats; lower is better.",
     },
     "regression": {"loss": "Mean squared error; lower is better."},
+    "preference": {
+        "accuracy": "Share of test rows in which the system prefers the chosen answer: a tuned model by its rewards "
+        "(log-probability over the base's), the base by its log-probability.",
+        "loss": "DPO's loss; a model that has not moved from the base has 0.693. Lower is better.",
+    },
     "seq2seq": {
         "exact_match": "Share of test rows whose answer is the reference, character by character.",
         "loss": "Mean negative log-likelihood of a token of the reference, in nats; lower is better.",
@@ -91,6 +99,8 @@ SYSTEM_MEANINGS = {
     "linear-probe": "A linear classifier on what the frozen base model makes of each text: what the base "
     "already knows, without tuning it.",
     "token-frequencies": "Gives each token its share among the training tokens, whatever stands before it.",
+    "answer-length": "Prefers the longer answer, or the shorter where that is chosen more often in the training rows.",
+    "tfidf-preference": "A linear model on the words of both answers, whatever the prompt: no neural network.",
     "copied-source": "Gives the source back as it is.",
     "nearest-row": "Gives the target of that training row whose source has the most alike words.",
     "base-model": "The base model as it is, before any tuning.",

@@ -8,15 +8,17 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from trimtab.data import Row
+from trimtab.study_config import StudyConfig
 from trimtab.tasks.causal_lm import CausalLM
 from trimtab.tasks.classification import Classification
 from trimtab.tasks.examples import Batch, EncodedRows, Forward
 from trimtab.tasks.multilabel import Multilabel
+from trimtab.tasks.preference import Preference
 from trimtab.tasks.regression import Regression
 from trimtab.tasks.seq2seq import Seq2Seq
 from trimtab.tasks.token_classification import TokenClassification
 
-__all__ = ["TASKS", "Task", "get_task"]
+__all__ = ["TASKS", "Task", "get_task", "task_of"]
 
 
 class Task(Protocol):
@@ -62,10 +64,23 @@ class Task(Protocol):
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (Classification(), Multilabel(), Regression(), TokenClassification(), CausalLM(), Seq2Seq())
+    for task in (
+        Classification(),
+        Multilabel(),
+        Regression(),
+        TokenClassification(),
+        CausalLM(),
+        Seq2Seq(),
+        Preference(),
+    )
 }
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`, one of the study's choices."""
+    """The task called `name`, one of the study's choices, as it is without settings of its own."""
     return TASKS[name]
+
+
+def task_of(study: StudyConfig) -> Task:
+    """The study's task, with its settings."""
+    return Preference(study.beta) if study.task == "preference" else TASKS[study.task]

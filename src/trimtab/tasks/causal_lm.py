@@ -23,8 +23,10 @@ class CausalLM(NextToken):
     auto_class = "AutoModelForCausalLM"
     writes_answers = False
 
+    learns_last_turn_only = False
+
     def encode(self, rows: Sequence[Row], tokenizer: Any, model: Any, max_length_tokens: int) -> EncodedRows:
-        encoder = _Encoder(tokenizer, max_length_tokens)
+        encoder = _Encoder(tokenizer, max_length_tokens, self.learns_last_turn_only)
         examples: list[Example] = []
         numbers: list[int] = []
         for number, row in enumerate(rows):
@@ -35,8 +37,9 @@ class CausalLM(NextToken):
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Any, max_length_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_length_tokens: int, last_turn_only: bool) -> None:
         self.tokenizer = tokenizer
+        self.last_turn_only = last_turn_only
         self.max_length = max_length_tokens
         self.truncated = 0  # rows that lost tokens
 
@@ -71,7 +74,7 @@ class _Encoder:
         ids = self._template(row, messages)
         learnt = [False] * len(ids)
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or (self.last_turn_only and number < len(messages) - 1):
                 continue
             before = self._template(row, messages[:number], add_generation_prompt=True)
             after = self._template(row, messages[: number + 1])

@@ -8,16 +8,20 @@ from trimtab.evaluation.evaluate import Scorer
 from trimtab.job import EncodedSplits, Job
 from trimtab.runs import RunFolder
 from trimtab.tasks import Task
-from trimtab.untuned import answers, base_model, causal_lm, labelled
+from trimtab.untuned import answers, base_model, causal_lm, labelled, preference
 
 __all__ = ["score_untuned", "untuned_are_scored"]
 
 
+_SYSTEMS_BY_WORDS = {
+    "causal_lm": (causal_lm.NAME,),
+    "seq2seq": answers.SYSTEMS,
+    "preference": preference.SYSTEMS,
+}
+
+
 def untuned_are_scored(run: RunFolder, task: Task) -> bool:
-    if task.has_probe:
-        names = labelled.systems_of(task.name)
-    else:
-        names = [*(answers.SYSTEMS if task.writes_answers else [causal_lm.NAME]), base_model.NAME]
+    names = labelled.systems_of(task.name) if task.has_probe else [*_SYSTEMS_BY_WORDS[task.name], base_model.NAME]
     return all(run.baseline(name).is_scored for name in names)
 
 
@@ -27,8 +31,10 @@ def score_untuned(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: N
         with job.timed("text baselines"):
             labelled.score_text_systems(job, encoded)
         return labelled.score_base(job, scorer, encoded, precision)
-    if job.task.writes_answers:
+    if job.task.name == "seq2seq":
         answers.score_text_systems(job, encoded)
+    elif job.task.name == "preference":
+        preference.score_text_systems(job)
     else:
         causal_lm.score_token_frequencies(job, encoded, scorer.base.model.get_input_embeddings().num_embeddings)
     base_model.score_base(job, scorer, encoded)
