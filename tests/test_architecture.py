@@ -16,6 +16,7 @@ FLOORS = [
     "study",
     "estimate",
     "report",
+    "merging",
     "tuning",
     "untuned",
     "adapters",
@@ -102,8 +103,8 @@ def test_no_cycles():
 
 
 def test_public_names():
-    assert trimtab.__all__ == ["InputError", "RunError", "StudyConfig", "TrimtabError", "build_study", "compare",
-                               "read_predictions", "run"]  # fmt: skip
+    assert trimtab.__all__ == ["InputError", "Merge", "RunError", "StudyConfig", "TrimtabError", "build_study", "compare",
+                               "merge", "read_predictions", "run"]  # fmt: skip
     for name in trimtab.__all__:
         assert getattr(trimtab, name).__doc__ or name.endswith("Error")
 

@@ -15,10 +15,12 @@ _HOMES = {
     "StudyConfig": ("trimtab.study_config", "StudyConfig"),
     "build_study": ("trimtab.study_config", "build_study"),
     "run": ("trimtab.study", "run_study"),
+    "merge": ("trimtab.merging", "merge_adapter"),
     "compare": ("trimtab.evaluation.comparison", "compare_two"),
     "read_predictions": ("trimtab.evaluation.prediction_files", "read_predictions"),
     "TrimtabError": ("trimtab.errors", "TrimtabError"),
     "InputError": ("trimtab.errors", "InputError"),
+    "Merge": ("trimtab.merging", "Merge"),
     "RunError": ("trimtab.errors", "RunError"),
 }
 

@@ -206,6 +206,42 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder of a run, or the run itself.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the merged weights.")
+    ] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Write it even if its outputs differ.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write base and adapter as one plain transformers model, after comparing both on the run's test rows.
+
+    An adapter of a quantised base is merged into the base's weights in full precision.
+
+    \b
+    Example:
+      trimtab merge runs/my-run/trials/lora-s0/adapter --out merged
+    """
+    from dataclasses import asdict
+
+    from trimtab.console import make_progress, show_merge
+    from trimtab.machine import set_threads
+    from trimtab.merging import merge_adapter
+    from trimtab.models import quiet_libraries
+
+    quiet_libraries()
+    set_threads()
+    with make_progress(quiet) as progress:
+        found = merge_adapter(adapter, out, dtype, force=force, progress=progress)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        show_merge(found, out)
+
+
+@app.command()
 def compare(
     first: Annotated[
         Path,

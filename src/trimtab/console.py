@@ -20,6 +20,7 @@ from trimtab.runs import SystemFolder, read_json
 
 if TYPE_CHECKING:
     from trimtab.estimate import Estimate
+    from trimtab.merging import Merge
     from trimtab.support import Support
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -169,17 +170,31 @@ def show_two(comparison: dict[str, Any]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for system in comparison["systems"]:
         values = [system["metrics"][name] for name in names]
-        table.add_row(system["name"], *(f"{value['value']:.4f}" for value in values))
+        table.add_row(system["name"], *(_cost(value["value"], ".4f") for value in values))
     out.print(table)
     for found in comparison["contrasts"]:
         out.print(_contrast_line(found, {}))
+
+
+def show_merge(merge: Merge, out: Path) -> None:
+    told = _output()
+    told.print(
+        f"on {merge.rows} test rows outputs differ by up to {merge.max_abs_difference:.1e} (at most {merge.bound:g} in "
+        f"{merge.dtype}); {merge.metric} {merge.before:.4f} with the adapter, {merge.after:.4f} merged"
+    )
+    if merge.quantize != "none" and merge.trained is not None:
+        told.print(
+            f"the adapter was trained on the base in {merge.quantize}, with {merge.metric} {merge.trained:.4f} "
+            "on all test rows; the merged model stands on the base's weights in full precision"
+        )
+    told.print(f"merged model: {out}")
 
 
 def show_metrics(folders: Sequence[SystemFolder]) -> None:
     out = _output()
     for folder in folders:
         record = read_json(folder.metrics)
-        told = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+        told = "  ".join(f"{name} {_cost(value, '.4f')}" for name, value in record["metrics"].items())
         out.print(f"{folder.name}: {told}")
 
 

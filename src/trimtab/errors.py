@@ -10,6 +10,7 @@ TrimtabError
 └── RunError              the work began and failed; what is finished is kept      exit 1
     ├── TrainingError     the loss or the gradients are no longer finite
     ├── ReloadError       what was saved does not give what was trained
+    ├── MergeError        a merged model does not give what its adapter gave
     └── StorageError      the disk is full or not writable
 """
 
@@ -58,6 +59,10 @@ class TrainingError(RunError):
 
 
 class ReloadError(RunError):
+    pass
+
+
+class MergeError(RunError):
     pass
 
 

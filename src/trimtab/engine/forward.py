@@ -225,6 +225,13 @@ def choose_forward(model: Any, pad_token_id: int, max_length_tokens: int, type_i
     return Choice(PaddedForward(model), 0, reason)
 
 
+def stock_forward(model: Any) -> Choice:
+    """The forward of transformers, and of peft's layers if there are any, without a path of ours."""
+    use_stock_attention(model)
+    forward = EncoderDecoderForward(model) if model.config.is_encoder_decoder else PaddedForward(model)
+    return Choice(forward, 0, "as transformers does")
+
+
 def use_stock_attention(model: Any) -> None:
     """Let the model attend as transformers does: padding and caches are what that is for."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")

@@ -1,0 +1,128 @@
+"""Merged models: equal to base and adapter, plain to transformers, and not written where they are not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import trimtab
+from samples import run_trimtab, write_reviews
+from trimtab import merging
+from trimtab.errors import InputError, MergeError, SourceError
+from trimtab.evaluation.prediction_files import read_predictions
+from trimtab.merging import merge_adapter
+from trimtab.runs import RunFolder, read_jsonl
+from trimtab.study import run_study
+from trimtab.study_config import build_study
+
+PLAIN = """
+import sys, json
+sys.modules["peft"] = None
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, rows = sys.argv[1:]
+texts = [json.loads(line)["text"] for line in open(rows)]
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+logits = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+print(json.dumps([model.config.id2label[place] for place in logits.argmax(-1).tolist()]))
+"""
+
+
+def tune(folder, model, **settings):
+    return run_study(build_study(
+        {"model": str(model), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 2,
+         "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")} | settings
+    ))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("merge")
+    tune(folder, model_folder("llama"))
+    return RunFolder(folder / "run")
+
+
+def test_plain_transformers_gives_the_same_predictions(finished, tmp_path):
+    trial = finished.trial("lora", 0)
+    done = run_trimtab("merge", trial.adapter, "--out", tmp_path / "merged", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["max_abs_difference"] <= 1e-4
+    assert told["before"] == told["after"] == told["trained"]
+    plain = subprocess.run([sys.executable, "-c", PLAIN, tmp_path / "merged", finished.test_rows],
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    found = read_predictions(trial.predictions)
+    wanted = [found.label_names[place] for place in found.probabilities.argmax(1)]
+    assert json.loads(plain.stdout) == wanted
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    again = run_trimtab("merge", trial.adapter, "--out", tmp_path / "merged")
+    assert again.returncode == 2
+    assert "is there already; give another --out" in again.stderr
+
+
+def test_the_base_was_changed_by_it(finished, tmp_path, model_folder):
+    trimtab.merge(finished.path, tmp_path / "merged")
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged:
+        names = [name for name in merged.keys() if "q_proj" in name]  # noqa: SIM118
+        base = safe_open(model_folder("llama") / "model.safetensors", "pt")
+        prefix = "" if names[0] in base.keys() else "model."  # noqa: SIM118
+        for name in names:
+            assert not torch.equal(merged.get_tensor(name), base.get_tensor(name.removeprefix(prefix)))
+
+
+def test_another_dtype_is_written_within_its_bound(finished, tmp_path, monkeypatch):
+    adapter = finished.trial("lora", 0).adapter
+    found = merge_adapter(adapter, tmp_path / "half", "bfloat16")
+    assert 1e-4 < found.max_abs_difference <= found.bound
+    with safe_open(tmp_path / "half" / "model.safetensors", "pt") as merged:
+        assert {merged.get_tensor(name).dtype for name in merged.keys()} == {torch.bfloat16}  # noqa: SIM118
+    monkeypatch.setitem(merging.BOUNDS, "bfloat16", 1e-6)
+    with pytest.raises(
+        MergeError, match=r"outputs differ by up to .*accuracy .* before and .* after, on \d+ test rows"
+    ):
+        merge_adapter(adapter, tmp_path / "strict", "bfloat16")
+    assert not (tmp_path / "strict").exists()
+    assert not merge_adapter(adapter, tmp_path / "strict", "bfloat16", force=True).is_equal
+    assert (tmp_path / "strict" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_an_adapter_of_a_quantised_base_goes_into_full_precision(tmp_path, model_folder, bits):
+    tune(tmp_path, model_folder("llama"), quantize=bits)
+    done = run_trimtab("merge", tmp_path / "run", "--out", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert f"the adapter was trained on the base in {bits}" in done.stdout
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged:
+        assert {merged.get_tensor(name).dtype for name in merged.keys()} == {torch.float32}  # noqa: SIM118
+    assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
+    labels = {row["label"] for row in read_jsonl(tmp_path / "run" / "test.jsonl")}
+    assert len(json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("prefix_tuning", "prefix_tuning stands beside the base's weights and changes none"),
+     ("adaption_prompt", "adaption_prompt stands beside the base's weights"),
+     ("full", "holds a whole model, which needs no merge")],
+)  # fmt: skip
+def test_what_cannot_be_merged_is_told(tmp_path, model_folder, method, message):
+    tune(tmp_path, model_folder("llama"), method=method, num_train_epochs=1)
+    with pytest.raises(InputError, match=message):
+        merge_adapter(tmp_path / "run", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_places_without_an_adapter_and_other_bases_are_refused(finished, tmp_path, model_folder):
+    with pytest.raises(InputError, match="is no adapter in a run folder"):
+        merge_adapter(tmp_path, tmp_path / "merged")
+    trial = finished.trial("lora", 0)
+    facts = trial.facts_in(trial.adapter)
+    kept = facts.read_text()
+    facts.write_text(json.dumps(json.loads(kept) | {"base_sha256": "0" * 64}))
+    try:
+        with pytest.raises(SourceError, match="has changed: its weights have SHA-256"):
+            merge_adapter(finished.path, tmp_path / "merged")
+    finally:
+        facts.write_text(kept)
