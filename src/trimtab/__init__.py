@@ -16,6 +16,8 @@ _HOMES = {
     "build_study": ("trimtab.study_config", "build_study"),
     "run": ("trimtab.study", "run_study"),
     "merge": ("trimtab.merging", "merge_adapter"),
+    "load_adapter": ("trimtab.adapters", "load_adapter"),
+    "LoadedAdapter": ("trimtab.adapters", "LoadedAdapter"),
     "compare": ("trimtab.evaluation.comparison", "compare_two"),
     "read_predictions": ("trimtab.evaluation.prediction_files", "read_predictions"),
     "TrimtabError": ("trimtab.errors", "TrimtabError"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,9 @@ from trimtab.report.number_format import PERCENTAGES
 from trimtab.runs import SystemFolder, read_json
 
 if TYPE_CHECKING:
+    from trimtab.adapters import LoadedAdapter
     from trimtab.estimate import Estimate
+    from trimtab.generation import Sampling
     from trimtab.merging import Merge
     from trimtab.support import Support
 
@@ -174,6 +176,38 @@ def show_two(comparison: dict[str, Any]) -> None:
     out.print(table)
     for found in comparison["contrasts"]:
         out.print(_contrast_line(found, {}))
+
+
+def write_interactively(
+    adapter: LoadedAdapter, prompts: Sequence[str] | None, sampling: Sampling, is_chat: bool | None, compare: bool
+) -> None:
+    """Show what is written while it is written: after each of `prompts`, or after each line that is typed."""
+
+    def tell(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    for prompt in prompts if prompts is not None else _typed_lines():
+        if compare:
+            tell("base:  ")
+            with adapter.disabled():
+                adapter.generate([prompt], sampling, is_chat=is_chat, on_text=tell)
+            tell("\ntuned: ")
+        adapter.generate([prompt], sampling, is_chat=is_chat, on_text=tell)
+        tell("\n")
+
+
+def _typed_lines() -> Iterator[str]:
+    is_typed = sys.stdin.isatty()
+    while True:
+        if is_typed:
+            sys.stdout.write("> ")
+            sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
 
 
 def show_merge(merge: Merge, out: Path) -> None:

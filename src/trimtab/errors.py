@@ -5,6 +5,7 @@ TrimtabError
 │   ├── StudyError        a setting of the study
 │   │   └── MethodError   a method that cannot go into the model
 │   ├── SourceError       a model or data source cannot be had
+│   ├── AdapterError      an adapter folder that is damaged, strange or not to be trusted
 │   ├── DataError         rows, columns, labels
 │   └── RunFolderError    the run folder holds something else
 └── RunError              the work began and failed; what is finished is kept      exit 1
@@ -39,6 +40,10 @@ class MethodError(StudyError):
 
 
 class SourceError(InputError):
+    pass
+
+
+class AdapterError(InputError):
     pass
 
 

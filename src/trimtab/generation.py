@@ -1,9 +1,10 @@
-"""Texts from language models, greedy, in padded batches: prompts that go on, and answers to sources."""
+"""Texts from language models, in padded batches: prompts that go on, and answers to sources."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,38 @@ _GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": Non
 _ANSWER_TOKENS_PER_BATCH = 4096
 
 
-def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """What `model` writes after each prompt, up to its end of text; the likeliest token each time.
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, by transformers' own names: the likeliest each time where nothing says otherwise."""
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For `generate`."""
+        kept = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
+        if self.temperature is None and self.top_p is None and self.top_k is None:
+            return _GREEDY | kept
+        asked = {"temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
+        return _GREEDY | kept | asked | {"do_sample": True}
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
+) -> list[str]:
+    """What `model` writes after each prompt, up to its end of text.
 
     Args:
+        on_text: hears the text of a lone prompt while it is written.
         model: a stock or peft-wrapped causal language model, whose packed attention is left for as long as it writes.
         prompts: token ids; batches are padded on the left, as generation asks for.
     """
@@ -32,23 +61,29 @@ def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = next(model.parameters()).device
+    torch.manual_seed(sampling.seed)
     with torch.inference_mode(), _stock_attention(model):
         written = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            **_GREEDY,
+            streamer=_streamer(tokenizer, on_text),
+            **sampling.settings,
         )
     return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in written.tolist()]
 
 
 def write_answers(
-    model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, progress: Progress
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    sampling: Sampling,
+    progress: Progress,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """What an encoder with a decoder, stock or wrapped by peft, writes for each source, up to its end of text."""
     sources = [example.input_ids for example in examples]
-    lengths = [len(source) + max_new_tokens for source in sources]
+    lengths = [len(source) + sampling.max_new_tokens for source in sources]
     batches = plan_batches(lengths, _ANSWER_TOKENS_PER_BATCH, shuffle_seed=None, padded=True)
     device = next(model.parameters()).device
     answers: dict[int, str] = {}
@@ -56,13 +91,31 @@ def write_answers(
         ids = pad_right([sources[row] for row in rows], tokenizer.pad_token_id)
         mask = pad_right([[1] * len(sources[row]) for row in rows], 0)
         with torch.inference_mode():
+            torch.manual_seed(sampling.seed)
             written = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, **_GREEDY
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                streamer=_streamer(tokenizer, on_text),
+                **sampling.settings,
             )
         texts = tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
         answers |= dict(zip(rows, map(str.strip, texts), strict=True))
         progress.advance(len(answers), len(sources), "answers")
     return [answers[row] for row in range(len(sources))]
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
+    from transformers import TextStreamer
+
+    if on_text is None:
+        return None
+    tell = on_text
+
+    class Heard(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            tell(text)
+
+    return Heard(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 @contextmanager

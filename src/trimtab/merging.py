@@ -14,13 +14,13 @@ from trimtab.engine.forward import stock_forward
 from trimtab.errors import InputError, MergeError, SourceError
 from trimtab.evaluation.evaluate import Scorer, predict_outputs
 from trimtab.evaluation.predictions import compute_metrics
-from trimtab.generation import write_answers
+from trimtab.generation import Sampling, write_answers
 from trimtab.models import BaseModel, load_base
 from trimtab.progress import Progress, Silent
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_folder, write_json
 from trimtab.sources import fingerprint_model, locate_model
 from trimtab.study_config import build_study, read_study_file
-from trimtab.tasks import Task, task_of
+from trimtab.tasks import Task, get_task
 from trimtab.tasks.preference import Preference
 
 MergeDtype = Literal["float32", "bfloat16", "float16"]
@@ -72,7 +72,7 @@ def merge_adapter(
         raise InputError(f"{out} is there already; give another --out")
     study = build_study(read_study_file(run.study))
     facts = read_json(trial.facts_in(trial.adapter))
-    task, rows = task_of(study), read_rows(run.test_rows)[:_COMPARED_ROWS]
+    task, rows = get_task(study.task), read_rows(run.test_rows)[:_COMPARED_ROWS]
     if not (trial.adapter / "adapter_config.json").is_file():
         raise InputError(f"{trial.adapter} holds a whole model, which needs no merge: transformers loads it as it is")
     listener.stage(f"Loading {facts['base']} and {trial.name}")
@@ -150,7 +150,7 @@ def _score(
     outputs, written = scorer.score(encoded, progress).outputs, None
     if scorer.task.writes_answers:
         written = write_answers(
-            scorer.base.model, scorer.base.tokenizer, encoded.examples, facts["max_new_tokens"], progress
+            scorer.base.model, scorer.base.tokenizer, encoded.examples, Sampling(facts["max_new_tokens"]), progress
         )
     names = facts["label_names"]
     predictions = predict_outputs(scorer.task, rows, encoded, names, outputs, written)

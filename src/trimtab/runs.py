@@ -115,6 +115,7 @@ class TrialFolder(SystemFolder):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.adapter = path / "adapter"
+        self.model_card = path / "adapter" / "README.md"
         self.start = path / "start"  # the adapter as it started, where its start changed the base
         self.history = path / "history.jsonl"
         self.training = path / "training.json"

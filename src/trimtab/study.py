@@ -30,7 +30,7 @@ from trimtab.report import write_report
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_json
 from trimtab.sources import ModelSource, fingerprint_files, fingerprint_model, locate_model
 from trimtab.study_config import StudyConfig
-from trimtab.tasks import Task, task_of
+from trimtab.tasks import Task, get_task
 from trimtab.tasks.classification import Classification, balance_classes
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear, readout_of
@@ -93,7 +93,7 @@ def _keep_estimate(job: Job) -> None:
 def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False, *, claim: bool = True) -> Job:
     """Every check that needs no weights; then the run folder is this study's, if it is to be claimed."""
     get_method(study.method)
-    task = task_of(study)
+    task = get_task(study.task, study.beta)
     run = RunFolder(study.run_folder)
     if claim:
         run.check_free(study.to_yaml(), overwrite)
@@ -149,6 +149,12 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
             "label_names": job.data.label_names,
             "max_length_tokens": scorer.max_length_tokens,
             "versions": package_versions(),
+            "method": job.study.method,
+            "seed": job.study.seed,
+            "quantize": job.study.quantize,
+            "beta": job.study.beta,
+            "virtual_tokens": reserved,
+            "is_chat": job.data.columns.messages is not None,
         }
     encoded = encode_splits(job, scorer)
     if job.task.writes_answers:

@@ -233,3 +233,17 @@ def test_balanced_weights_are_for_classes(tmp_path):
                        "--model", save_tiny_model("bert", tmp_path / "bert"), "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 2
     assert "class_weights: regression has no classes to weigh" in done.stderr
+
+
+def test_new_rows_are_predicted_as_the_run_did(finished, tmp_path):
+    task, run, _ = finished
+    done = run_trimtab(
+        "predict", run.trial("lora", 0).adapter, "--input", run.test_rows, "--out", tmp_path / "new.jsonl"
+    )
+    assert done.returncode == 0, done.stderr
+    found, wanted = ([json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+                     for path in (tmp_path / "new.jsonl", run.trial("lora", 0).predictions))  # fmt: skip
+    if task == "regression":
+        assert found == pytest.approx(wanted, abs=1e-4)
+    else:
+        assert found == wanted

@@ -21,7 +21,7 @@ from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.study_config import build_study
-from trimtab.tasks import get_task, task_of
+from trimtab.tasks import get_task
 from trimtab.tasks.examples import EncodedRows, Example
 from trimtab.tasks.preference import dpo_losses, log_probabilities, refer_to
 from trimtab.untuned.preference import length_margins, word_margins
@@ -178,7 +178,7 @@ def test_the_loss_and_its_gradients_are_those_of_trl(model_folder, tmp_path, pac
         for parameter, value in zip(ours_parameters.values(), trained.values(), strict=True):
             parameter.copy_(value)
     encoded = refer_to(encoded, log_probabilities(in_order, encoded))
-    ours = task_of(build_study({"task": "preference", "beta": 0.3})).loss(choice.forward, collate(encoded))
+    ours = get_task("preference", 0.3).loss(choice.forward, collate(encoded))
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-5)
     assert abs(float(ours.detach()) - 0.6931) > 1e-3
     for found, gradient in zip(torch.autograd.grad(ours, list(ours_parameters.values())), wanted, strict=True):

@@ -1,5 +1,6 @@
 """Sequence to sequence: rows, states, answers and their metrics, and a T5 that learns to turn words around."""
 
+import csv
 import json
 
 import numpy as np
@@ -21,7 +22,7 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.statistics import bootstrap_metrics
 from trimtab.evaluation.text_predictions import TextPredictions
-from trimtab.generation import write_answers
+from trimtab.generation import Sampling, write_answers
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_json, read_jsonl
 from trimtab.study_config import build_study
@@ -105,8 +106,8 @@ def test_a_batch_of_sources_is_answered_as_each_alone(tiny_model, t5):
     tokenizer = AutoTokenizer.from_pretrained(t5)
     model = tiny_model("bart", auto_class="AutoModelForSeq2SeqLM", vocab_size=len(tokenizer))
     examples = [Example([3 + (number * k) % 15 for k in range(1, 2 + number)], None, [], []) for number in range(1, 7)]
-    together = write_answers(model, tokenizer, examples, 6, Silent())
-    alone = [write_answers(model, tokenizer, [example], 6, Silent())[0] for example in examples]
+    together = write_answers(model, tokenizer, examples, Sampling(6), Silent())
+    alone = [write_answers(model, tokenizer, [example], Sampling(6), Silent())[0] for example in examples]
     assert together == alone
     assert any(together)
 
@@ -268,3 +269,15 @@ def test_methods_that_write_in_their_own_way(t5, tmp_path, method):
                        "--num-train-epochs=2", "--out", tmp_path / "run", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["reload"]["passed"]
+
+
+def test_new_sources_are_answered_as_the_run_did(counting_on, tmp_path):
+    run, _ = counting_on
+    adapter = run.trial("lora", 0).adapter
+    done = run_trimtab(
+        "predict", adapter, "--input", run.test_rows, "--text-column", "text", "--out", tmp_path / "new.csv"
+    )
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "new.csv").open(newline="") as file:
+        found = [row["prediction"] for row in csv.DictReader(file)]
+    assert found == read_predictions(run.trial("lora", 0).predictions).written

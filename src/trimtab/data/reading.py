@@ -97,6 +97,19 @@ def _format_of(path: Path) -> str | None:
 
 def read_file(path: Path) -> Table:
     """One file as a table; the format is told by its name."""
+    pairs = list(stream_file(path))
+    return Table(str(path), [row for row, _ in pairs], [line for _, line in pairs])
+
+
+def stream_file(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The rows of a file, each with its line, one after another.
+
+    Raises:
+        SourceError: no such file, or a format that is not read.
+        DataError: empty, malformed (file and line) or not UTF-8.
+    """
+    if not path.is_file():
+        raise SourceError(f"no data file at {str(path)!r} (looked in {Path.cwd()}); check the path")
     kind = _format_of(path)
     if kind is None:
         raise SourceError(
@@ -105,22 +118,26 @@ def read_file(path: Path) -> Table:
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; give a file with a row for each example")
-    if kind == "parquet":
-        return _read_parquet(path)
+    has_rows = False
     try:
-        with _open_text(path) as file:
-            if kind == "conll":
-                pairs = list(_read_conll(file, path))
-            else:
-                pairs = list(parse_jsonl(file, path) if kind == "jsonl" else _read_delimited(file, path, kind))
+        for pair in _read_parquet(path) if kind == "parquet" else _read_text(path, kind):
+            has_rows = True
+            yield pair
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start} of a block: "
                         f"{error.object[error.start:error.start + 1]!r}); save it as UTF-8") from error  # fmt: skip
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the compressed file is damaged or cut off ({error}); fetch it again") from error
-    if not pairs:
+    if not has_rows:
         raise DataError(f"{path}: the file holds no rows; give a file with a row for each example")
-    return Table(str(path), [row for row, _ in pairs], [line for _, line in pairs])
+
+
+def _read_text(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], int]]:
+    with _open_text(path) as file:
+        if kind == "conll":
+            yield from _read_conll(file, path)
+        else:
+            yield from parse_jsonl(file, path) if kind == "jsonl" else _read_delimited(file, path, kind)
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -171,15 +188,19 @@ def _read_conll(file: IO[str], path: Path) -> Iterator[tuple[dict[str, Any], int
             words, tags = [], []
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        rows = pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, number
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error
-    return _numbered(str(path), rows)
 
 
 def _numbered(source: str, rows: list[dict[str, Any]]) -> Table:

@@ -62,6 +62,7 @@ def render_html(content: Content) -> str:
     ]
     return environment.get_template("report.html.j2").render(
         content=content,
+        truth_title=wording.truth_title(content),
         style=Markup(style),
         script=Markup(script),
         script_digest=digest,

@@ -17,22 +17,24 @@ _TEXT_CHARACTERS = 300
 
 def render_markdown(content: Content) -> str:
     """The whole file, ending in a newline."""
-    parts = [f"# Trimtab report: {_plain(content.name)}", f"**{_plain(wording.headline(content))}**"]
-    parts += [_plain(note) for note in wording.notes(content)]
+    parts = [f"# Trimtab report: {plain(content.name)}", f"**{plain(wording.headline(content))}**"]
+    parts += [plain(note) for note in wording.notes(content)]
     estimated = estimate_table(content)
     costs = [tables.cost_table(content), *([estimated] if estimated else [])]
     for table in (tables.score_table(content), *costs, tables.contrast_table(content)):
-        parts += [f"## {table.caption}", _table(table) if table.lines else "None.", *_legend(table)]
-    parts += ["## What each system is", _facts(tables.system_facts(content))] if tables.system_facts(content) else []
+        parts += [f"## {table.caption}", table_grid(table) if table.lines else "None.", *_legend(table)]
+    parts += (
+        ["## What each system is", facts_list(tables.system_facts(content))] if tables.system_facts(content) else []
+    )
     parts += _training(content)
     parts += _confusions(content)
     parts += _changes(content)
     parts += _samples(content)
-    parts += ["## Data", _facts(tables.data_facts(content))]
+    parts += ["## Data", facts_list(tables.data_facts(content))]
     for found in (tables.split_table(content), tables.clean_table(content), tables.token_table(content)):
         if found:
-            parts += [f"### {found.caption}", _table(found)]
-    parts += ["## The saved adapter", _plain(wording.reload_sentence(content))]
+            parts += [f"### {found.caption}", table_grid(found)]
+    parts += ["## The saved adapter", plain(wording.reload_sentence(content))]
     parts += _reproduction(content)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -40,7 +42,7 @@ def render_markdown(content: Content) -> str:
 def _training(content: Content) -> list[str]:
     parts = ["## Training"] if content.trials or content.failures else []
     for trial in content.trials:
-        parts += [f"### {_plain(trial.title)}", _facts(tables.training_facts(trial))]
+        parts += [f"### {plain(trial.title)}", facts_list(tables.training_facts(trial))]
         points = dict(trial.validation_accuracies)
         rows = [[f"{step:g}", f"{loss:.4f}"] for step, loss in trial.validation_losses]
         head = ["step", "validation loss"]
@@ -51,7 +53,7 @@ def _training(content: Content) -> list[str]:
         if rows:
             parts.append(_grid([head, *rows], [True] * len(head)))
     failed = [
-        f"- {_plain(failure.get('trial', ''))}: {_plain(failure.get('reason', ''))}" for failure in content.failures
+        f"- {plain(failure.get('trial', ''))}: {plain(failure.get('reason', ''))}" for failure in content.failures
     ]
     return parts + (["### Failed", "\n".join(failed)] if failed else [])
 
@@ -62,12 +64,12 @@ def _confusions(content: Content) -> list[str]:
     parts: list[str] = []
     for confusion in count_confusions(content):
         if any(confusion.system is system for system in wanted):
-            labels = [_plain(label) for label in confusion.labels]
+            labels = [plain(label) for label in confusion.labels]
             lines = [["true \\ predicted", *labels]]
             lines += [
                 [label, *map(format_count, counts)] for label, counts in zip(labels, confusion.counts, strict=True)
             ]
-            parts.append(f"### Confusion matrix: {_plain(confusion.system.title)}")
+            parts.append(f"### Confusion matrix: {plain(confusion.system.title)}")
             parts.append(_grid(lines, [False] + [True] * len(labels)))
     return parts
 
@@ -77,7 +79,7 @@ def _changes(content: Content) -> list[str]:
     if changes is None or not changes.others:
         return []
     against = changes.others[0]
-    parts = [f"## Rows that {_plain(changes.tuned.title)} changed, against {_plain(against.title)}"]
+    parts = [f"## Rows that {plain(changes.tuned.title)} changed, against {plain(against.title)}"]
     for word, rows, counts in (
         ("Fixed", changes.fixed, changes.fixed_counts),
         ("Broken", changes.broken, changes.broken_counts),
@@ -104,17 +106,22 @@ def _changed_line(changed: ChangedRow, against: str) -> list[str]:
         changed.tuned.prediction,
         text,
     )
-    return [_plain(cell) for cell in cells]
+    return [plain(cell) for cell in cells]
 
 
 def _samples(content: Content) -> list[str]:
     parts = []
     for trial in content.trials:
         if trial.samples:
-            parts.append(f"## What base and {_plain(trial.title)} write")
+            parts.append(f"## What base and {plain(trial.title)} write")
             for sample in trial.samples:
-                names = (("prompt", "Prompt"), ("truth", "The row goes on"), ("base", "Base"), ("tuned", "Tuned"))
-                parts += [f"### {_plain(sample['id'])}", _facts([(title, sample[name]) for name, title in names])]
+                names = (
+                    ("prompt", "Prompt"),
+                    ("truth", wording.truth_title(content)),
+                    ("base", "Base"),
+                    ("tuned", "Tuned"),
+                )
+                parts += [f"### {plain(sample['id'])}", facts_list([(title, sample[name]) for name, title in names])]
     return parts
 
 
@@ -124,17 +131,18 @@ def _reproduction(content: Content) -> list[str]:
     if command:
         fence = "`" * (max(map(len, re.findall("`+", command)), default=0) + 3)
         parts.append(f"{fence}\n{command}\n{fence}")
-    parts.append(_facts(tables.manifest_facts(content)))
+    parts.append(facts_list(tables.manifest_facts(content)))
     if content.study:
-        parts += ["### The study", _facts([(name, str(value)) for name, value in content.study.items()])]
+        parts += ["### The study", facts_list([(name, str(value)) for name, value in content.study.items()])]
     return parts
 
 
-def _table(table: Table) -> str:
-    lines = [[_plain(column.title) for column in table.columns]]
+def table_grid(table: Table) -> str:
+    """A table of the report, the tuned system's line in bold."""
+    lines = [[plain(column.title) for column in table.columns]]
     for line in table.lines:
         cells = [
-            _plain(f"{cell.text}{' ' if column.is_number else ': '}{cell.detail}" if cell.detail else cell.text)
+            plain(f"{cell.text}{' ' if column.is_number else ': '}{cell.detail}" if cell.detail else cell.text)
             for column, cell in zip(table.columns, line.cells, strict=True)
         ]
         lines.append([f"**{cell}**" if line.kind == "tuned" else cell for cell in cells])
@@ -142,7 +150,7 @@ def _table(table: Table) -> str:
 
 
 def _legend(table: Table) -> list[str]:
-    return ["\n".join(f"- *{_plain(column.title)}*: {_plain(column.meaning)}" for column in table.legend)]
+    return ["\n".join(f"- *{plain(column.title)}*: {plain(column.meaning)}" for column in table.legend)]
 
 
 def _grid(lines: list[list[str]], numbers: list[bool]) -> str:
@@ -150,11 +158,12 @@ def _grid(lines: list[list[str]], numbers: list[bool]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def _facts(facts: list[tuple[str, str]]) -> str:
-    return "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in facts)
+def facts_list(facts: list[tuple[str, str]]) -> str:
+    """Names and values, a line each."""
+    return "\n".join(f"- {plain(name)}: {plain(value)}" for name, value in facts)
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """Text on one line that Markdown shows as it is: no markup, table bars or HTML of the user's own."""
     line = " ".join(str(text).split())
     line = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", line)

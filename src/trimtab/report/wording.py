@@ -147,6 +147,16 @@ def headline(content: Content) -> str:
     return f"{change}: {format_contrast(contrast)}, {_verdict(content, contrast)}"
 
 
+def truth_title(content: Content) -> str:
+    """What stands beside that which base and tuned model write."""
+    return "Reference" if content.task == "seq2seq" else "The row goes on"
+
+
+def contrast_words(contrast: Contrast) -> str:
+    """A difference with its verdict."""
+    return f"{format_contrast(contrast)}, {contrast.verdict}"
+
+
 def _without(reference: System) -> str:
     return "no tuning" if reference.kind == "baseline" else "before tuning"
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from trimtab.data import Row
-from trimtab.study_config import StudyConfig
 from trimtab.tasks.causal_lm import CausalLM
 from trimtab.tasks.classification import Classification
 from trimtab.tasks.examples import Batch, EncodedRows, Forward
@@ -18,7 +17,7 @@ from trimtab.tasks.regression import Regression
 from trimtab.tasks.seq2seq import Seq2Seq
 from trimtab.tasks.token_classification import TokenClassification
 
-__all__ = ["TASKS", "Task", "get_task", "task_of"]
+__all__ = ["TASKS", "Task", "get_task"]
 
 
 class Task(Protocol):
@@ -76,11 +75,6 @@ TASKS: dict[str, Task] = {
 }
 
 
-def get_task(name: str) -> Task:
-    """The task called `name`, one of the study's choices, as it is without settings of its own."""
-    return TASKS[name]
-
-
-def task_of(study: StudyConfig) -> Task:
-    """The study's task, with its settings."""
-    return Preference(study.beta) if study.task == "preference" else TASKS[study.task]
+def get_task(name: str, beta: float | None = None) -> Task:
+    """The task called `name`, one of the study's choices; `beta` is DPO's."""
+    return Preference(beta) if name == "preference" and beta is not None else TASKS[name]

@@ -60,7 +60,7 @@ class _Encoder:
         return [_example(ids[start : start + self.max_length], 1) for start in starts]
 
     def _completion(self, row: Row) -> tuple[list[int], list[bool]]:
-        prompt = self._without_end(self.tokenizer(row.text, verbose=False)["input_ids"])
+        prompt = encode_prompt(self.tokenizer, row.text, False)
         completion = end_text(
             self.tokenizer(row.completion, add_special_tokens=False, verbose=False)["input_ids"], self.tokenizer
         )
@@ -108,8 +108,15 @@ class _Encoder:
             raise DataError(f"row {row.id}: the completion gives no token to learn; fill or remove the row")
         return Example(ids, None, positions, [ids[place + 1] for place in positions])
 
-    def _without_end(self, ids: list[int]) -> list[int]:
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+def encode_prompt(tokenizer: Any, text: str, is_chat: bool) -> list[int]:
+    """The tokens that a model goes on from: of a text without its end, or of a user's turn in the chat template."""
+    if is_chat:
+        turn = [{"role": "user", "content": text}]
+        ids: list[int] = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return ids
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def prompt_of(example: Example, most: int) -> list[int]:

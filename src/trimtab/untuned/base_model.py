@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict_outputs, record_system, scoring_cost
-from trimtab.generation import write_answers
+from trimtab.generation import Sampling, write_answers
 from trimtab.job import EncodedSplits, Job
 from trimtab.models import count_parameters
 from trimtab.tasks.seq2seq import longest_target
@@ -21,7 +21,9 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits) -> None:
     if job.task.writes_answers:
         most = longest_target(encoded.train + encoded.validation)
         job.progress.stage(f"Letting the base answer, in at most {most} tokens")
-        written = write_answers(scorer.base.model, scorer.base.tokenizer, encoded.test.examples, most, job.progress)
+        written = write_answers(
+            scorer.base.model, scorer.base.tokenizer, encoded.test.examples, Sampling(most), job.progress
+        )
     parameters = count_parameters(scorer.base.model)
     cost = scoring_cost(scores, len(job.data.test)) | {
         "total_parameters": parameters,

@@ -1,0 +1,83 @@
+"""An adapter folder: weights and head in peft's format, the tokenizer, and what Trimtab knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimtab.adapters.files import hash_files
+from trimtab.models import BaseModel
+from trimtab.runs import TrialFolder, write_file, write_folder, write_json
+
+
+def save_start(peft_model: Any, target: Path) -> None:
+    """Keep the adapter as it starts, where its start changed the base's weights (PiSSA), for `write_weights`."""
+    config: Any = getattr(peft_model, "active_peft_config", None)
+    start = getattr(config, "init_lora_weights", True)
+    if not str(start).startswith("pissa"):
+        return
+
+    def write(folder: Path) -> None:
+        config.init_lora_weights = True  # or reading it back would take the base apart again
+        peft_model.save_pretrained(folder, safe_serialization=True)
+        config.init_lora_weights = start
+
+    write_folder(target, write)
+
+
+def save_adapter(peft_model: Any, base: BaseModel, trial: TrialFolder, facts: dict[str, Any]) -> int:
+    """Write adapter, head, tokenizer and facts as one folder; returns the weights' bytes.
+
+    An adapter that changed the base's weights at its start is saved as LoRA of twice its rank, on the base as it was.
+    """
+
+    def write(folder: Path) -> None:
+        write_weights(peft_model, base.new_modules, folder, trial.start if trial.start.is_dir() else None)
+        base.tokenizer.save_pretrained(folder)
+        write_json(trial.facts_in(folder), facts | {"files": hash_files(folder)})
+
+    write_folder(trial.adapter, write)
+    return sum(path.stat().st_size for path in trial.adapter.glob("*.safetensors"))
+
+
+def write_weights(peft_model: Any, new_modules: Sequence[str], folder: Path, start: Path | None = None) -> None:
+    """Adapter and head in peft's format.
+
+    Args:
+        start: where `save_start` kept the adapter, if it did.
+    """
+    conversion = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
+    peft_model.save_pretrained(folder, safe_serialization=True, **conversion)
+    _add_head(peft_model, new_modules, folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path) -> None:
+    """Write what was trained and peft left out: the head, with methods without `modules_to_save`, and with PiSSA.
+
+    Stock peft reads these weights, too, by their names.
+    """
+    config = getattr(peft_model, "active_peft_config", None)
+    if config is None:
+        return
+    if hasattr(config, "modules_to_save"):
+        saved = load_file(file)
+        left_out = {name: value for name, value in get_peft_model_state_dict(peft_model).items() if name not in saved}
+        if left_out:
+            save_file(saved | left_out, file, metadata={"format": "pt"})
+        return
+    head = {
+        name: parameter.detach().clone()
+        for name, parameter in peft_model.named_parameters()
+        if any(f".{module}." in name for module in new_modules)
+    }
+    if head:
+        save_file(load_file(file) | head, file, metadata={"format": "pt"})
+
+
+def save_logits(path: Path, logits: Tensor) -> None:
+    write_file(path, lambda temporary: save_file({"logits": logits.contiguous()}, temporary))

@@ -1,0 +1,150 @@
+"""Adapters at work: predict, generate, merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from trimtab.cli.application import AsJson, Quiet, app
+
+
+@app.command()
+def predict(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.")],
+    source: Annotated[
+        str, typer.Option("--input", help="Rows as for training, without labels; - for standard input.")
+    ] = "-",
+    out: Annotated[str, typer.Option(help="File for the predictions; - for standard output.")] = "-",
+    output_format: Annotated[
+        Literal["jsonl", "csv", "parquet"] | None, typer.Option("--format", help="Told by the name of --out.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text; found by name if missing.")] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="Column with a second text, for pairs.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    used: Annotated[
+        Literal["tuned", "none"], typer.Option("--adapter", help="none: the base alone, whose head has learnt nothing.")
+    ] = "tuned",
+    quiet: Quiet = False,
+) -> None:
+    """Say what a tuned adapter makes of new rows: labels with probabilities, numbers, tags, or texts.
+
+    Rows are read, predicted and written as a stream: a million take no more memory than a thousand.
+
+    \b
+    Examples:
+      trimtab predict runs/my-run/trials/lora-s0/adapter --input new.csv --out predictions.csv
+      echo "a joy to watch" | trimtab predict runs/my-run/trials/lora-s0/adapter
+    """
+    from contextlib import nullcontext
+
+    from trimtab.adapters import load_adapter
+    from trimtab.console import make_progress
+    from trimtab.machine import set_threads
+    from trimtab.models import quiet_libraries
+    from trimtab.prediction import predict_records, read_records, write_records
+
+    quiet_libraries()
+    set_threads()
+    with make_progress(quiet) as progress:
+        loaded = load_adapter(adapter, base, progress=progress)
+        records = predict_records(
+            loaded, read_records(source), source, text_column=text_column, text_pair_column=text_pair_column,
+            progress=progress,
+        )  # fmt: skip
+        with loaded.disabled() if used == "none" else nullcontext():
+            write_records(records, out, output_format)
+
+
+@app.command()
+def generate(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder of a language model.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A text to go on from; repeat the flag for several.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--input", help="Prompts as rows of a file, or - for standard input.")
+    ] = None,
+    out: Annotated[str, typer.Option(help="File for what was written; - for standard output.")] = "-",
+    text_column: Annotated[str | None, typer.Option(help="Column with the prompt; found by name if missing.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample, the sharper the lower.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from so much probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0.1, help="Above 1: repeat less.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    chat: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="Use the chat template; auto: if trained on chats."),
+    ] = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Let the base write beside it.")] = False,
+    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Let a tuned language model write: after prompts, rows of a file, or what you type.
+
+    The likeliest token is taken each time, unless temperature, top_p or top_k ask for sampling.
+
+    \b
+    Examples:
+      trimtab generate runs/tales/trials/lora-s0/adapter --prompt "Once upon a time" --compare
+      trimtab generate runs/tales/trials/lora-s0/adapter --input prompts.jsonl --out written.jsonl --temperature 0.8
+      trimtab generate runs/tales/trials/lora-s0/adapter
+    """
+    from trimtab.adapters import load_adapter
+    from trimtab.console import make_progress, write_interactively
+    from trimtab.generation import Sampling
+    from trimtab.machine import set_threads
+    from trimtab.models import quiet_libraries
+    from trimtab.prediction import generate_records, read_records, write_records
+
+    quiet_libraries()
+    set_threads()
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    is_chat = {"auto": None, "on": True, "off": False}[chat]
+    with make_progress(quiet) as progress:
+        loaded = load_adapter(adapter, base, progress=progress)
+        if source is not None:
+            records = generate_records(
+                loaded, read_records(source), source, text_column=text_column, sampling=sampling, is_chat=is_chat,
+                compare=compare, progress=progress,
+            )  # fmt: skip
+            write_records(records, out)
+            return
+    write_interactively(loaded, prompt, sampling, is_chat, compare)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder of a run, or the run itself.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the merged weights.")
+    ] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="Write it even if its outputs differ.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write base and adapter as one plain transformers model, after comparing both on the run's test rows.
+
+    An adapter of a quantised base is merged into the base's weights in full precision.
+
+    \b
+    Example:
+      trimtab merge runs/my-run/trials/lora-s0/adapter --out merged
+    """
+    from dataclasses import asdict
+
+    from trimtab.console import make_progress, show_merge
+    from trimtab.machine import set_threads
+    from trimtab.merging import merge_adapter
+    from trimtab.models import quiet_libraries
+
+    quiet_libraries()
+    set_threads()
+    with make_progress(quiet) as progress:
+        found = merge_adapter(adapter, out, dtype, force=force, progress=progress)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        show_merge(found, out)

@@ -1,0 +1,110 @@
+"""Texts that an adapter writes: as stock peft does, in batches as alone, seeded, beside the base, and as a stream."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trimtab
+from samples import run_trimtab, write_reviews, write_tales
+from trimtab.errors import AdapterError
+from trimtab.generation import Sampling
+from trimtab.runs import RunFolder, read_jsonl
+from trimtab.study import run_study
+from trimtab.study_config import build_study
+
+PROMPTS = ["the best film", "superb acting and a fine story truly", "a joy"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("generation")
+    run_study(build_study(
+        {"model": str(model_folder("llama", "AutoModelForCausalLM")), "train_data": str(write_tales(folder / "tales.jsonl")),
+         "task": "causal_lm", "num_train_epochs": 3, "tokens_per_batch": 256, "max_length_tokens": 32,
+         "learning_rate": 1e-2, "out": str(folder / "run")}
+    ))  # fmt: skip
+    return RunFolder(folder / "run").trial("lora", 0).adapter
+
+
+@pytest.fixture(scope="module")
+def loaded(adapter):
+    return trimtab.load_adapter(adapter)
+
+
+def stock(model, tokenizer, prompt):
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        written = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_it_writes_what_stock_peft_writes_in_a_batch_as_alone(adapter, loaded):
+    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(adapter).eval(), AutoTokenizer.from_pretrained(adapter)
+    wanted = [stock(model, tokenizer, prompt) for prompt in PROMPTS]
+    assert loaded.generate(PROMPTS, Sampling(12)) == wanted
+    assert [loaded.generate([prompt], Sampling(12))[0] for prompt in PROMPTS] == wanted
+
+
+def test_the_base_writes_beside_it(adapter, loaded, model_folder, tmp_path):
+    folder = model_folder("llama", "AutoModelForCausalLM")
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    done = run_trimtab("generate", adapter, "--input", tmp_path / "prompts.jsonl", "--out", tmp_path / "found.jsonl",
+                       "--max-new-tokens", "12", "--compare")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = list(read_jsonl(tmp_path / "found.jsonl"))
+    assert [row["base"] for row in found] == [stock(base, tokenizer, prompt) for prompt in PROMPTS]
+    assert [row["generated"] for row in found] == loaded.generate(PROMPTS, Sampling(12))
+    assert any(row["base"] != row["generated"] for row in found)
+
+
+def test_sampling_is_seeded(loaded):
+    def write(seed):
+        return loaded.generate(PROMPTS, Sampling(12, temperature=1.5, seed=seed))
+
+    assert write(1) == write(1)
+    assert write(1) != write(2)
+    assert loaded.generate(PROMPTS, Sampling(12, top_k=1)) == loaded.generate(PROMPTS, Sampling(12))
+
+
+def test_text_is_heard_while_it_is_written(loaded):
+    heard = []
+    written = loaded.generate(PROMPTS[:1], Sampling(12), on_text=heard.append)
+    assert "".join(heard).split() == written[0].split()
+    assert len(heard) > 2
+
+
+def test_prompts_on_the_command_line_and_typed_ones(adapter, loaded):
+    wanted = loaded.generate(PROMPTS[:1], Sampling(12))[0].split()
+    done = run_trimtab("generate", adapter, "--prompt", PROMPTS[0], "--max-new-tokens", "12", "--compare", "--quiet")
+    assert done.returncode == 0, done.stderr
+    base, tuned = done.stdout.strip().split("\n")
+    assert base.startswith("base:  ")
+    assert tuned.removeprefix("tuned: ").split() == wanted
+    command = [sys.executable, "-m", "trimtab", "generate", str(adapter), "--max-new-tokens", "12", "--quiet"]
+    typed = subprocess.run(command, input=f"{PROMPTS[0]}\n\n", capture_output=True, text=True, check=True)
+    assert typed.stdout.split() == wanted
+
+
+def test_what_writes_nothing_and_has_no_template_is_told(loaded, tmp_path, model_folder):
+    with pytest.raises(AdapterError, match="its tokenizer has no chat template; give plain prompts"):
+        loaded.generate(PROMPTS, is_chat=True)
+    run_study(build_study({"model": str(model_folder("llama")), "train_data": str(write_reviews(tmp_path / "r.csv")),
+                           "num_train_epochs": 1, "max_length_tokens": 32, "out": str(tmp_path / "run")}))  # fmt: skip
+    labels = RunFolder(tmp_path / "run").trial("lora", 0).adapter
+    with pytest.raises(AdapterError, match="is a classification adapter, which says labels and writes nothing"):
+        trimtab.load_adapter(labels).generate(PROMPTS)
+    done = run_trimtab("predict", loaded.path, "--input", tmp_path / "r.csv")
+    assert done.returncode == 2
+    assert "is a causal_lm adapter, which writes texts: try `trimtab generate`" in done.stderr
+
+
+def test_a_chat_template_is_used_where_it_is_asked_for(loaded, monkeypatch):
+    tokenizer = loaded.scorer.base.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }} truly{% endfor %}")
+    assert loaded.generate(["a joy"], Sampling(8), is_chat=True) == loaded.generate(["a joy truly"], Sampling(8))

@@ -1,0 +1,131 @@
+"""New rows: streamed through an adapter, in every format, and as the run predicted them."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+import trimtab
+from samples import run_trimtab, write_reviews
+from trimtab.errors import DataError
+from trimtab.prediction import ROWS_AT_ONCE, predict_records, read_records, write_records
+from trimtab.runs import RunFolder, read_jsonl
+from trimtab.study import run_study
+from trimtab.study_config import build_study
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("prediction")
+    run_study(build_study(
+        {"model": str(model_folder("bert")), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 2,
+         "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")}
+    ))  # fmt: skip
+    return RunFolder(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def loaded(finished):
+    return trimtab.load_adapter(finished.trial("lora", 0).adapter)
+
+
+@pytest.fixture(scope="module")
+def rows(finished):
+    """Texts of the run's test rows, and what it predicted for them."""
+    texts = [row["text"] for row in read_jsonl(finished.test_rows)]
+    return texts, list(read_jsonl(finished.trial("lora", 0).predictions))
+
+
+def test_a_file_is_predicted_as_the_run_did(finished, rows, tmp_path):
+    texts, wanted = rows
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["number", "text"], *enumerate(texts)])
+    adapter = finished.trial("lora", 0).adapter
+    done = run_trimtab("predict", adapter, "--input", tmp_path / "new.csv", "--out", tmp_path / "found.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = list(read_jsonl(tmp_path / "found.jsonl"))
+    assert [row["number"] for row in found] == [str(number) for number in range(len(texts))]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours["prediction"] == theirs["prediction"]
+        assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+
+
+def test_standard_input_and_output(finished):
+    command = [sys.executable, "-m", "trimtab", "predict", str(finished.trial("lora", 0).adapter), "--quiet"]
+    done = subprocess.run(command, input="a joy to watch\n\na dull mess\n", capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["text"], row["prediction"]) for row in found] == [("a joy to watch", "good"), ("a dull mess", "bad")]
+    lines = io.StringIO('{"text": "a joy"}\n{"text": "a mess"}\n')
+    assert [record for record, _ in read_records("-", lines)] == [{"text": "a joy"}, {"text": "a mess"}]
+    with pytest.raises(DataError, match="standard input holds no rows"):
+        list(read_records("-", io.StringIO("\n")))
+
+
+def test_a_batch_gives_what_each_alone_gives(loaded, rows):
+    texts, _ = rows
+    together = list(predict_records(loaded, (({"text": text}, n) for n, text in enumerate(texts)), "rows"))
+    for text, found in zip(texts[:8], together, strict=False):
+        alone = next(predict_records(loaded, [({"text": text}, 1)], "rows"))
+        assert alone["prediction"] == found["prediction"]
+        assert alone["probabilities"] == pytest.approx(found["probabilities"], abs=1e-5)
+
+
+def test_rows_are_taken_as_they_are_needed(loaded):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield {"text": "a joy to watch"}, taken
+
+    found = predict_records(loaded, endless(), "rows")
+    for _ in range(ROWS_AT_ONCE + 1):
+        next(found)
+    assert taken == 2 * ROWS_AT_ONCE
+
+
+def test_tables_have_a_column_for_each_probability(loaded, rows, tmp_path):
+    texts, wanted = rows
+    for name in ("found.csv", "found.parquet"):
+        records = predict_records(loaded, (({"text": text}, n) for n, text in enumerate(texts)), "rows")
+        assert write_records(records, str(tmp_path / name)) == len(texts)
+    with (tmp_path / "found.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert list(cells[0]) == ["text", "prediction", "probability_bad", "probability_good"]
+    table = pq.read_table(tmp_path / "found.parquet").to_pylist()
+    for row, cell, theirs in zip(table, cells, wanted, strict=True):
+        assert row["prediction"] == cell["prediction"] == theirs["prediction"]
+        assert row["probability_good"] == pytest.approx(theirs["probabilities"]["good"], abs=1e-5)
+    with pytest.raises(DataError, match=r"found.txt: format not known by its name; use jsonl, csv, parquet"):
+        write_records([], str(tmp_path / "found.txt"))
+
+
+@pytest.mark.parametrize(
+    ("record", "column", "message"),
+    [
+        ({"text": ""}, None, r"rows:7: no text in column 'text' \(found ''\)"),
+        ({"text": "a joy"}, "txt", r"rows:7: no column 'txt'; did you mean 'text'\?"),
+        ({"number": 3}, None, r"rows:7: no column looks like a text \(number\)"),
+    ],
+)
+def test_bad_rows_are_told_with_their_line_and_leave_no_file(loaded, tmp_path, record, column, message):
+    records = predict_records(loaded, [({"text": "a joy"}, 6), (record, 7)], "rows", text_column=column)
+    with pytest.raises(DataError, match=message if column is None else r"no column 'txt'"):
+        write_records(records, str(tmp_path / "found.jsonl"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_base_alone_says_something_else(finished, tmp_path):
+    adapter, found = finished.trial("lora", 0).adapter, []
+    for used in ("tuned", "none"):
+        done = run_trimtab(
+            "predict", adapter, "--input", finished.test_rows, "--adapter", used, "--text-column", "text"
+        )
+        assert done.returncode == 0, done.stderr
+        found.append([json.loads(line)["probabilities"]["good"] for line in done.stdout.splitlines()])
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) > 0.01
