@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/trimtab run
 
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: setup
 	$(BIN)/ruff check .

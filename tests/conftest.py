@@ -22,6 +22,23 @@ from trimtab.models import quiet_libraries
 quiet_libraries()
 
 
+# Files of which a test or two take a minute: at the end one worker would wait for the other.
+_LONGEST = ("tests/test_starters.py", "tests/tasks/test_seq2seq.py", "tests/test_run.py", "tests/test_hub.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a run stay on one worker, or each worker would make the run anew; the longest come first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONGEST))
+    for item in items:
+        known = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
+        shared = [name for name, found in known.items() if found[-1].scope == "module"]
+        if shared:
+            params = getattr(item, "callspec", None)
+            chosen = [str(params.params[name]) for name in shared if params and name in params.params]
+            item.add_marker(pytest.mark.xdist_group("-".join([item.nodeid.partition("::")[0], *chosen])))
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
     """Build a tiny, seeded model of a family, for classification if no other class is asked for, in eval mode."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trimtab.progress import Silent
+
 VOCABULARY = 120
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
           "num_attention_heads": 4}  # fmt: skip
@@ -153,6 +155,16 @@ def save_tiny_model(family: str, folder: Path, auto_class: str = "AutoModel") ->
     getattr(transformers, auto_class).from_config(tiny_config(family)).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+class Notes(Silent):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def run_trimtab(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

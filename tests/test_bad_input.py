@@ -152,7 +152,10 @@ def test_target_modules_that_the_model_lacks(tmp_path, reviews, model_folder):
         ({"lerning_rate": 1}, r"unknown setting 'lerning_rate'; did you mean 'learning_rate'\?"),
         ({"r": 0}, r"r: Input should be greater than or equal to 1; received 0"),
         ({"learning_rate": -1.0}, r"learning_rate: .*'auto' or a positive number"),
-        ({"task": "translation"}, r"task: Input should be 'classification', .*'causal_lm'; received 'translation'"),
+        (
+            {"task": "translation"},
+            r"task: Input should be 'classification', .* or 'preference'; received 'translation'",
+        ),
         ({"precision": "int4"}, r"precision: Input should be 'float32'"),
         ({"num_train_epochs": 0}, r"num_train_epochs: Input should be greater than 0"),
     ],

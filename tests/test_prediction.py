@@ -11,7 +11,7 @@ import pytest
 
 import trimtab
 from samples import run_trimtab, write_reviews
-from trimtab.errors import DataError
+from trimtab.errors import AdapterError, DataError
 from trimtab.prediction import ROWS_AT_ONCE, predict_records, read_records, write_records
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.study import run_study
@@ -23,7 +23,7 @@ def finished(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("prediction")
     run_study(build_study(
         {"model": str(model_folder("bert")), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 2,
-         "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")}
+         "tokens_per_batch": 256, "max_length_tokens": 32, "out": str(folder / "run")}
     ))  # fmt: skip
     return RunFolder(folder / "run")
 
@@ -71,7 +71,8 @@ def test_a_batch_gives_what_each_alone_gives(loaded, rows):
     for text, found in zip(texts[:8], together, strict=False):
         alone = next(predict_records(loaded, [({"text": text}, 1)], "rows"))
         assert alone["prediction"] == found["prediction"]
-        assert alone["probabilities"] == pytest.approx(found["probabilities"], abs=1e-5)
+        # The probe's large weights on a random model's small features magnify float32's rounding.
+        assert alone["probabilities"] == pytest.approx(found["probabilities"], abs=1e-3)
 
 
 def test_rows_are_taken_as_they_are_needed(loaded):
@@ -120,12 +121,19 @@ def test_bad_rows_are_told_with_their_line_and_leave_no_file(loaded, tmp_path, r
     assert not list(tmp_path.iterdir())
 
 
-def test_the_base_alone_says_something_else(finished, tmp_path):
-    adapter, found = finished.trial("lora", 0).adapter, []
-    for used in ("tuned", "none"):
-        done = run_trimtab(
-            "predict", adapter, "--input", finished.test_rows, "--adapter", used, "--text-column", "text"
-        )
-        assert done.returncode == 0, done.stderr
-        found.append([json.loads(line)["probabilities"]["good"] for line in done.stdout.splitlines()])
-    assert max(abs(a - b) for a, b in zip(*found, strict=True)) > 0.01
+def test_the_base_alone_says_something_else(finished, loaded, rows):
+    texts, _ = rows
+    done = run_trimtab(
+        "predict", loaded.path, "--input", finished.test_rows, "--adapter", "none", "--text-column", "text"
+    )
+    assert done.returncode == 0, done.stderr
+    alone = [json.loads(line)["probabilities"]["good"] for line in done.stdout.splitlines()]
+    with loaded.disabled():
+        assert [row["probabilities"]["good"] for row in loaded.predict(texts)] == pytest.approx(alone, abs=1e-3)
+    tuned = [row["probabilities"]["good"] for row in loaded.predict(texts)]
+    assert max(abs(a - b) for a, b in zip(tuned, alone, strict=True)) > 0.01
+
+
+def test_it_writes_no_text(loaded):
+    with pytest.raises(AdapterError, match="is a classification adapter, which says labels and writes nothing"):
+        loaded.generate(["a joy"])

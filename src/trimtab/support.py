@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from trimtab.engine.batches import Collator
 from trimtab.engine.forward import choose_forward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.engine.prepare import prepare_adapted
-from trimtab.errors import MethodError, StudyError
+from trimtab.errors import DataError, MethodError, StudyError
 from trimtab.machine import package_versions
 from trimtab.methods import METHODS, attach_adapter, get_method
 from trimtab.models import has_model_for
@@ -62,28 +62,32 @@ class Support:
     reason: str = ""
 
 
-def probe_all(progress: Progress, *, refresh: bool = False) -> list[Support]:
-    """Every method of the table on every task and family; from the cache, if the installed versions made it."""
-    versions = package_versions()
-    file = cache_folder() / "methods.json"
-    wanted = [(method, task, family) for task in TASKS for method in METHODS for family in FAMILIES]
-    if file.is_file() and not refresh:
-        try:
-            kept = read_json(file)
-        except json.JSONDecodeError:  # cut off: made again
-            kept = {}
-        if kept.get("versions") == versions and [tuple(row)[:3] for row in kept["rows"]] == wanted:
-            return [Support(*row) for row in kept["rows"]]
-    progress.stage("Trying every method on tiny models")
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for number, combination in enumerate(wanted, 1):
-            found.append(probe(*combination))
-            progress.advance(number, len(wanted), "combinations")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"versions": versions, "rows": [list(asdict(row).values()) for row in found]})
-    return found
+def probe_all(progress: Progress, tasks: Sequence[str] = tuple(TASKS), *, refresh: bool = False) -> list[Support]:
+    """Every method of the table on `tasks` and every family; what the installed versions were found to do is kept."""
+    versions, file = package_versions(), cache_folder() / "methods.json"
+    kept = {} if refresh else _read_kept(file, versions)
+    wanted = [(method, task, family) for task in tasks for method in METHODS for family in FAMILIES]
+    missing = [combination for combination in wanted if combination not in kept]
+    if missing:
+        progress.stage("Trying every method on tiny models")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for number, combination in enumerate(missing, 1):
+                kept[combination] = probe(*combination)
+                progress.advance(number, len(missing), "combinations")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"versions": versions, "rows": [list(asdict(row).values()) for row in kept.values()]})
+    return [kept[combination] for combination in wanted]
+
+
+def _read_kept(file: Path, versions: dict[str, str]) -> dict[tuple[str, str, str], Support]:
+    """What was found before, if by these versions; nothing where the file is cut off."""
+    try:
+        kept = read_json(file) if file.is_file() else {}
+    except DataError:
+        return {}
+    rows = [Support(*row) for row in kept["rows"]] if kept.get("versions") == versions else []
+    return {(row.method, row.task, row.family): row for row in rows}
 
 
 def probe(method: str, task_name: str, family: str) -> Support:

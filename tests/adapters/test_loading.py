@@ -11,24 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from samples import write_reviews
+from samples import Notes, write_reviews
 from trimtab.adapters.files import check_config, check_folder
 from trimtab.data import Row, read_rows
 from trimtab.errors import AdapterError, SourceError
-from trimtab.progress import Silent
 from trimtab.runs import RunFolder
 from trimtab.study import run_study
 from trimtab.study_config import build_study
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-class Notes(Silent):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import DataError
 from trimtab.methods import attach_adapter
 from trimtab.runs import RunFolder
+from trimtab.study import run_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
@@ -193,13 +194,12 @@ def test_losses_and_gradients_are_the_stock_models(tiny_model, family):
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def finished(request, tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("tales")
-    done = run_trimtab(
-        "run", "--task=causal_lm", f"--model={model_folder(request.param, 'AutoModelForCausalLM')}",
-        f"--train-data={write_tales(folder / 'tales.jsonl', 100)}", f"--out={folder / 'run'}", "--max-length-tokens=16",
-        "--tokens-per-batch=64", "--num-train-epochs=8", "--learning-rate=0.02", "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return RunFolder(folder / "run"), json.loads(done.stdout)
+    comparison = run_study(build_study(
+        {"model": str(model_folder(request.param, "AutoModelForCausalLM")), "task": "causal_lm",
+         "train_data": str(write_tales(folder / "tales.jsonl", 100)), "max_length_tokens": 16, "tokens_per_batch": 64,
+         "num_train_epochs": 8, "learning_rate": 0.02, "out": str(folder / "run")}
+    ))  # fmt: skip
+    return RunFolder(folder / "run"), comparison
 
 
 def test_tuning_lowers_the_perplexity_of_held_out_texts(finished):

@@ -9,6 +9,7 @@ from seqeval.metrics import f1_score as entity_f1
 from sklearn import metrics as reference
 
 from samples import run_trimtab, save_tiny_model
+from trimtab.adapters import load_adapter
 from trimtab.data import Row, prepare_data
 from trimtab.errors import DataError
 from trimtab.evaluation.multilabel_predictions import MultilabelPredictions
@@ -16,8 +17,10 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.tag_predictions import TagPredictions
 from trimtab.evaluation.value_predictions import ValuePredictions
+from trimtab.prediction import predict_records
 from trimtab.progress import Silent
-from trimtab.runs import RunFolder
+from trimtab.runs import RunFolder, read_jsonl
+from trimtab.study import run_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.classification import Classification, balance_classes, classification_loss
@@ -52,12 +55,11 @@ def finished(request, tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp(request.param)
     data = write_rows(folder / "rows.jsonl", make_rows(request.param))
     family = {"multilabel": "llama", "regression": "bert", "token_classification": "bert"}[request.param]
-    done = run_trimtab(
-        "run", "--json", "--model", model_folder(family), "--train-data", data, "--task", request.param,
-        "--num-train-epochs", "4", "--tokens-per-batch", "128", "--max-length-tokens", "32", "--out", folder / "run",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return request.param, RunFolder(folder / "run"), json.loads(done.stdout)
+    comparison = run_study(build_study(
+        {"model": str(model_folder(family)), "train_data": str(data), "task": request.param, "num_train_epochs": 4,
+         "tokens_per_batch": 128, "max_length_tokens": 32, "out": str(folder / "run")}
+    ))  # fmt: skip
+    return request.param, RunFolder(folder / "run"), comparison
 
 
 def test_a_run_ends_with_a_comparison_and_a_report(finished):
@@ -235,15 +237,10 @@ def test_balanced_weights_are_for_classes(tmp_path):
     assert "class_weights: regression has no classes to weigh" in done.stderr
 
 
-def test_new_rows_are_predicted_as_the_run_did(finished, tmp_path):
+def test_new_rows_are_predicted_as_the_run_did(finished):
     task, run, _ = finished
-    done = run_trimtab(
-        "predict", run.trial("lora", 0).adapter, "--input", run.test_rows, "--out", tmp_path / "new.jsonl"
-    )
-    assert done.returncode == 0, done.stderr
-    found, wanted = ([json.loads(line)["prediction"] for line in path.read_text().splitlines()]
-                     for path in (tmp_path / "new.jsonl", run.trial("lora", 0).predictions))  # fmt: skip
-    if task == "regression":
-        assert found == pytest.approx(wanted, abs=1e-4)
-    else:
-        assert found == wanted
+    trial = run.trial("lora", 0)
+    records = ((row, number) for number, row in enumerate(read_jsonl(run.test_rows), 1))
+    found = [row["prediction"] for row in predict_records(load_adapter(trial.adapter), records, "rows")]
+    wanted = [row["prediction"] for row in read_jsonl(trial.predictions)]
+    assert found == (pytest.approx(wanted, abs=1e-4) if task == "regression" else wanted)

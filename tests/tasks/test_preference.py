@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapted_models import enliven
-from samples import run_trimtab
 from trimtab.data import Row, prepare_data
 from trimtab.engine.batches import Collator, TrainingPlan
 from trimtab.engine.forward import PaddedForward, choose_forward, use_stock_attention
@@ -20,6 +19,7 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_jsonl
+from trimtab.study import run_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import EncodedRows, Example
@@ -202,13 +202,12 @@ def test_baselines_see_lengths_and_words():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("preference")
-    done = run_trimtab(
-        "run", "--task=preference", "--model", model_folder("llama", "AutoModelForCausalLM"), "--train-data",
-        write_rows(folder / "rows.jsonl", make_rows(160)), "--num-train-epochs=4", "--tokens-per-batch=256",
-        "--max-length-tokens=32", "--learning-rate=5e-3", "--out", folder / "run", "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return RunFolder(folder / "run"), json.loads(done.stdout)
+    comparison = run_study(build_study(
+        {"model": str(model_folder("llama", "AutoModelForCausalLM")), "task": "preference",
+         "train_data": str(write_rows(folder / "rows.jsonl", make_rows(160))), "num_train_epochs": 4,
+         "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")}
+    ))  # fmt: skip
+    return RunFolder(folder / "run"), comparison
 
 
 def test_a_run_learns_what_is_preferred(finished):

@@ -17,7 +17,7 @@ from trimtab.engine.batches import Collator
 from trimtab.engine.forward import EncoderDecoderForward, PaddedForward, choose_forward
 from trimtab.engine.frozen import freeze_linears, set_adapter_training
 from trimtab.engine.lower_precision import linears_by_place, lower_linears
-from trimtab.errors import DataError
+from trimtab.errors import DataError, SourceError
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.statistics import bootstrap_metrics
@@ -25,6 +25,7 @@ from trimtab.evaluation.text_predictions import TextPredictions
 from trimtab.generation import Sampling, write_answers
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_json, read_jsonl
+from trimtab.study import check_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
@@ -191,12 +192,13 @@ def test_a_test_set_without_targets_is_left_out(tmp_path):
 
 def test_other_models_are_refused(tmp_path, model_folder, t5):
     rows, reviews = write_reversals(tmp_path / "rows.jsonl", 20, 0), write_reviews(tmp_path / "reviews.csv")
-    done = run_trimtab("run", "--task=seq2seq", "--model", model_folder("bert"), "--train-data", rows)
-    assert done.returncode == 2
-    assert "is a 'bert' model, which cannot be used for seq2seq; choose an encoder with a decoder" in done.stderr
-    done = run_trimtab("run", "--model", t5, "--train-data", reviews)
-    assert done.returncode == 2
-    assert "is a 't5' model, which cannot be used for classification" in done.stderr
+    study = {"task": "seq2seq", "model": str(model_folder("bert")), "train_data": str(rows)}
+    with pytest.raises(
+        SourceError, match="is a 'bert' model, which cannot be used for seq2seq; choose an encoder with"
+    ):
+        check_study(build_study(study), Silent(), claim=False)
+    with pytest.raises(SourceError, match="is a 't5' model, which cannot be used for classification"):
+        check_study(build_study({"model": str(t5), "train_data": str(reviews)}), Silent(), claim=False)
 
 
 @pytest.fixture(scope="module")
@@ -262,10 +264,9 @@ def test_stock_peft_writes_the_same(counting_on):
     assert tokenizer.batch_decode(written, skip_special_tokens=True) == found.written
 
 
-@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "trainable_tokens"])
-def test_methods_that_write_in_their_own_way(t5, tmp_path, method):
+def test_virtual_tokens_stand_before_a_source_while_it_is_answered(t5, tmp_path):
     rows = write_reversals(tmp_path / "rows.jsonl", 120, 0)
-    done = run_trimtab("run", *SETTINGS, "--model", t5, "--train-data", rows, "--method", method,
+    done = run_trimtab("run", *SETTINGS, "--model", t5, "--train-data", rows, "--method=prompt_tuning",
                        "--num-train-epochs=2", "--out", tmp_path / "run", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["reload"]["passed"]

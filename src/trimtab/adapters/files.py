@@ -61,8 +61,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if pickles:
             raise AdapterError(f"{folder / pickles[0]}: pickled weights may run code; save them as safetensors")
         raise AdapterError(f"{folder} holds no {weights.name}, so it is no adapter")
-    if not is_whole_model(folder):
-        check_config(folder / CONFIG_NAME)
     facts_file = TrialFolder.facts_in(folder)
     facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
     for name, wanted in facts.get("files", {}).items():
@@ -70,6 +68,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
             raise AdapterError(f"{folder / name} is missing; copy the whole folder again")
         if hash_file(folder / name) != wanted:
             raise AdapterError(f"{folder / name} is not what was saved (another SHA-256); copy the folder again")
+    if not is_whole_model(folder):
+        check_config(folder / CONFIG_NAME)
     try:
         with safe_open(weights, "pt") as opened:
             opened.keys()

@@ -36,7 +36,7 @@ def methods(
     quiet_libraries()
     set_threads()
     with make_progress(quiet) as progress:
-        found = [row for row in probe_all(progress, refresh=refresh) if task in (None, row.task)]
+        found = probe_all(progress, [task] if task else list(TASKS), refresh=refresh)
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=1))
     else:
