@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from trimtab.progress import Silent
@@ -165,6 +166,17 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+def run_here(study: Any, progress: Any = None) -> dict[str, Any]:
+    """A run whose adapter is reloaded in this process: for tests of something else than the fresh one."""
+    from trimtab.adapters import evaluate_trial
+    from trimtab.study import run_study
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trimtab.adapters.proof.score_in_fresh_process",
+                      lambda run, trial: evaluate_trial(run, trial, Silent()))  # fmt: skip
+        return run_study(study, progress)
 
 
 def run_trimtab(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

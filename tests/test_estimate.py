@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from samples import run_trimtab, write_reviews
+from samples import run_here, run_trimtab, write_reviews
 from trimtab.errors import MethodError
 from trimtab.estimate import estimate_job
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder
-from trimtab.study import check_study, run_study
+from trimtab.study import check_study
 from trimtab.study_config import build_study
 
 
@@ -27,7 +27,7 @@ def test_parameters_and_adapter_are_those_of_the_run(tmp_path, model_folder, fam
     study = make_study(tmp_path, model_folder(family), method=method)
     estimate = estimate_job(check_study(study, Silent(), claim=False))
     assert not (tmp_path / "run").exists()
-    comparison = run_study(study)
+    comparison = run_here(study)
     cost = next(system["cost"] for system in comparison["systems"] if system["kind"] == "tuned")
     assert estimate.trainable_parameters == cost["trainable_parameters"]
     assert estimate.total_parameters == cost["total_parameters"]

@@ -10,11 +10,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
-from samples import run_trimtab, write_reviews, write_tales
+from samples import run_here, run_trimtab, write_reviews, write_tales
 from trimtab.errors import AdapterError
 from trimtab.generation import Sampling
 from trimtab.runs import RunFolder, read_jsonl
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 
 PROMPTS = ["the best film", "superb acting and a fine story truly", "a joy"]
@@ -23,7 +22,7 @@ PROMPTS = ["the best film", "superb acting and a fine story truly", "a joy"]
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("generation")
-    run_study(build_study(
+    run_here(build_study(
         {"model": str(model_folder("llama", "AutoModelForCausalLM")), "train_data": str(write_tales(folder / "tales.jsonl")),
          "task": "causal_lm", "num_train_epochs": 3, "tokens_per_batch": 256, "max_length_tokens": 32,
          "learning_rate": 1e-2, "out": str(folder / "run")}

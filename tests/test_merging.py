@@ -9,13 +9,12 @@ import torch
 from safetensors import safe_open
 
 import trimtab
-from samples import run_trimtab, write_reviews
+from samples import run_here, run_trimtab, write_reviews
 from trimtab import merging
 from trimtab.errors import InputError, MergeError, SourceError
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.merging import merge_adapter
 from trimtab.runs import RunFolder, read_jsonl
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 
 PLAIN = """
@@ -31,7 +30,7 @@ print(json.dumps([model.config.id2label[place] for place in logits.argmax(-1).to
 
 
 def tune(folder, model, **settings):
-    return run_study(build_study(
+    return run_here(build_study(
         {"model": str(model), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 2,
          "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")} | settings
     ))  # fmt: skip

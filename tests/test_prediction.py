@@ -10,18 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 import trimtab
-from samples import run_trimtab, write_reviews
+from samples import run_here, run_trimtab, write_reviews
 from trimtab.errors import AdapterError, DataError
 from trimtab.prediction import ROWS_AT_ONCE, predict_records, read_records, write_records
 from trimtab.runs import RunFolder, read_jsonl
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("prediction")
-    run_study(build_study(
+    run_here(build_study(
         {"model": str(model_folder("bert")), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 2,
          "tokens_per_batch": 256, "max_length_tokens": 32, "out": str(folder / "run")}
     ))  # fmt: skip

@@ -32,7 +32,7 @@ def load_quantised(folder, bits):
     )
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", ["4bit"])
 def test_a_run_on_a_quantised_base(tmp_path, model_folder, bits):
     data = write_reviews(tmp_path / "reviews.csv")
     done = run_trimtab("run", "--model", model_folder("llama"), "--train-data", data, "--quantize", bits, "--precision",

@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from samples import Notes, write_reviews
+from samples import Notes, run_here, write_reviews
 from trimtab.adapters.files import check_config, check_folder
 from trimtab.data import Row, read_rows
 from trimtab.errors import AdapterError, SourceError
 from trimtab.runs import RunFolder
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -25,7 +24,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("adapters")
-    run_study(build_study(
+    run_here(build_study(
         {"model": str(model_folder("llama")), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 1,
          "tokens_per_batch": 256, "max_length_tokens": 32, "out": str(folder / "run")}
     ))  # fmt: skip

@@ -6,11 +6,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from samples import run_trimtab, write_reviews, write_tales
+from samples import run_here, run_trimtab, write_reviews, write_tales
 from trimtab.cli import app
 from trimtab.errors import MethodError, StudyError
 from trimtab.methods import build_config, check_method
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 from trimtab.support import build_tiny_model, probe_all
 from trimtab.tasks import get_task
@@ -20,9 +19,7 @@ from trimtab.tasks import get_task
     ("method", "task"),
     [
         ("prefix_tuning", "classification"),
-        ("adaption_prompt", "classification"),
         ("adalora", "classification"),
-        ("pissa", "classification"),
         ("hira", "classification"),  # no row of the table
         ("full", "causal_lm"),
     ],
@@ -36,7 +33,7 @@ def test_ends_with_a_full_comparison(tmp_path, model_folder, method, task):
         {"model": str(model), "train_data": str(data), "task": task, "method": method, "num_train_epochs": 2,
          "tokens_per_batch": 256, "max_length_tokens": 32, "out": str(tmp_path / "run")}
     )  # fmt: skip
-    comparison = run_study(study)
+    comparison = run_here(study)
     assert comparison["reload"]["passed"]
     tuned = next(system for system in comparison["systems"] if system["kind"] == "tuned")
     assert tuned["name"] == f"{method}-s0"

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from samples import run_trimtab, write_tales
+from samples import run_here, run_trimtab, write_tales
 from trimtab.data import Row
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import choose_forward
@@ -17,7 +17,6 @@ from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import DataError
 from trimtab.methods import attach_adapter
 from trimtab.runs import RunFolder
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
@@ -194,7 +193,7 @@ def test_losses_and_gradients_are_the_stock_models(tiny_model, family):
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def finished(request, tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("tales")
-    comparison = run_study(build_study(
+    comparison = run_here(build_study(
         {"model": str(model_folder(request.param, "AutoModelForCausalLM")), "task": "causal_lm",
          "train_data": str(write_tales(folder / "tales.jsonl", 100)), "max_length_tokens": 16, "tokens_per_batch": 64,
          "num_train_epochs": 8, "learning_rate": 0.02, "out": str(folder / "run")}

@@ -8,7 +8,7 @@ import torch
 from seqeval.metrics import f1_score as entity_f1
 from sklearn import metrics as reference
 
-from samples import run_trimtab, save_tiny_model
+from samples import run_here, run_trimtab, save_tiny_model
 from trimtab.adapters import load_adapter
 from trimtab.data import Row, prepare_data
 from trimtab.errors import DataError
@@ -20,7 +20,6 @@ from trimtab.evaluation.value_predictions import ValuePredictions
 from trimtab.prediction import predict_records
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_jsonl
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.classification import Classification, balance_classes, classification_loss
@@ -55,7 +54,7 @@ def finished(request, tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp(request.param)
     data = write_rows(folder / "rows.jsonl", make_rows(request.param))
     family = {"multilabel": "llama", "regression": "bert", "token_classification": "bert"}[request.param]
-    comparison = run_study(build_study(
+    comparison = run_here(build_study(
         {"model": str(model_folder(family)), "train_data": str(data), "task": request.param, "num_train_epochs": 4,
          "tokens_per_batch": 128, "max_length_tokens": 32, "out": str(folder / "run")}
     ))  # fmt: skip

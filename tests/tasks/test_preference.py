@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapted_models import enliven
+from samples import run_here
 from trimtab.data import Row, prepare_data
 from trimtab.engine.batches import Collator, TrainingPlan
 from trimtab.engine.forward import PaddedForward, choose_forward, use_stock_attention
@@ -19,7 +20,6 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_jsonl
-from trimtab.study import run_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import EncodedRows, Example
@@ -202,7 +202,7 @@ def test_baselines_see_lengths_and_words():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("preference")
-    comparison = run_study(build_study(
+    comparison = run_here(build_study(
         {"model": str(model_folder("llama", "AutoModelForCausalLM")), "task": "preference",
          "train_data": str(write_rows(folder / "rows.jsonl", make_rows(160))), "num_train_epochs": 4,
          "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")}

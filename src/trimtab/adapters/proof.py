@@ -98,14 +98,7 @@ def prove_reload(run: RunFolder, trial: TrialFolder, progress: Progress) -> dict
         ReloadError: the process failed, or its logits differ by more than 1e-4.
     """
     progress.stage(f"Reloading {trial.name} in a fresh process")
-    command = [sys.executable, "-m", "trimtab", "evaluate", str(run.path), "--trial", trial.name, "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise ReloadError(
-            f"{trial.adapter} could not be scored in a fresh process: {' '.join(said)}; "
-            f"the adapter is kept; try: trimtab evaluate {run.path}"
-        )
+    score_in_fresh_process(run, trial)
     trained, reloaded = (load_file(path)["logits"] for path in (trial.trained_logits, trial.logits))
     difference = float((trained - reloaded).abs().max())
     passed = bool(torch.isfinite(reloaded).all()) and difference <= RELOAD_TOLERANCE
@@ -117,3 +110,19 @@ def prove_reload(run: RunFolder, trial: TrialFolder, progress: Progress) -> dict
             f"(at most {RELOAD_TOLERANCE:.0e}); do not use this adapter, and please report it"
         )
     return result
+
+
+def score_in_fresh_process(run: RunFolder, trial: TrialFolder) -> None:
+    """`trimtab evaluate` on its own, as a stranger would start it.
+
+    Raises:
+        ReloadError: with the last line that it said.
+    """
+    command = [sys.executable, "-m", "trimtab", "evaluate", str(run.path), "--trial", trial.name, "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise ReloadError(
+            f"{trial.adapter} could not be scored in a fresh process: {' '.join(said)}; "
+            f"the adapter is kept; try: trimtab evaluate {run.path}"
+        )
