@@ -63,6 +63,7 @@ def render_html(content: Content) -> str:
     return environment.get_template("report.html.j2").render(
         content=content,
         truth_title=wording.truth_title(content),
+        scores_metric=wording.METRIC_TITLES.get(content.primary_metric, content.primary_metric),
         style=Markup(style),
         script=Markup(script),
         script_digest=digest,

@@ -206,8 +206,12 @@ def notes(content: Content) -> list[str]:
     contrast = content.contrast(tuned, base)
     if base and contrast and base is not content.reference:
         found.append(
-            f"Against the {base.title} the difference is {format_contrast(contrast)}. Most tutorials report "
-            "this one; a random head has learnt nothing, so it says little about what tuning bought."
+            f"Against the {base.title} the difference is {format_contrast(contrast)}. Most tutorials report this one; "
+            + (
+                "a random head has learnt nothing, so it says little about what tuning bought."
+                if base.name == "untrained-head"
+                else "a system that needs no tuning does better than the base."
+            )
         )
     others = sum(system.kind == "tuned" for system in content.systems) - 1
     if tuned and others > 0:
