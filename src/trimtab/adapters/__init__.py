@@ -1,6 +1,7 @@
 """Adapters on disk: saved in peft's format, checked, loaded again, and proved in a fresh process."""
 
-from trimtab.adapters.loading import LoadedAdapter, load_adapter
+from trimtab.adapters.loaded import LoadedAdapter
+from trimtab.adapters.loading import load_adapter
 from trimtab.adapters.proof import evaluate_trial, prove_reload
 from trimtab.adapters.saving import save_adapter, save_logits, save_start, write_weights
 

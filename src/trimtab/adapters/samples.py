@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from trimtab.adapters.loading import LoadedAdapter
+from trimtab.adapters.loaded import LoadedAdapter
 from trimtab.data import Row
 from trimtab.evaluation.text_predictions import TextPredictions
 from trimtab.generation import Sampling, continue_prompts

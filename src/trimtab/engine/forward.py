@@ -17,6 +17,7 @@ from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import LayerStack, build_stack
 from trimtab.engine.last_layer import only_rows
+from trimtab.engine.mixed import current_mix
 from trimtab.tasks.examples import Example
 from trimtab.tasks.heads import (
     backbone_of,
@@ -162,9 +163,10 @@ class PackedForward:
             return self.stack.hidden_states(inputs, batch.runs, rows)
         if getattr(self.model.config, "use_cache", False):
             inputs["use_cache"] = False  # a cache would let texts see each other, and costs memory
-        with only_rows(rows if self.limited else None):
+        limited = self.limited and current_mix() is None  # a mix is told by the places of all tokens
+        with only_rows(rows if limited else None):
             states: Tensor = backbone_of(self.model)(**inputs, packed_runs=batch.runs).last_hidden_state[0]
-        return states if rows is None or self.limited else states.index_select(0, rows)
+        return states if rows is None or limited else states.index_select(0, rows)
 
 
 class HeadFeatures:

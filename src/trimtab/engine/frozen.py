@@ -122,6 +122,23 @@ def freeze_linears(model: nn.Module) -> int:
     return replaced
 
 
+def thaw_linears(model: nn.Module) -> None:
+    """Give `model` its stock linears back, with the same weights: peft puts adapters around no others."""
+    from transformers.pytorch_utils import Conv1D
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is FrozenLinear:
+                with torch.device("meta"):
+                    stock: Any = (
+                        Conv1D(child.out_features, child.in_features)
+                        if child.fan_in_fan_out
+                        else nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                    )
+                stock.weight, stock.bias = child.weight, child.bias
+                setattr(parent, name, stock)
+
+
 def set_adapter_training(model: nn.Module, training: bool) -> None:
     """Switch the adapters' own dropout; the frozen base and the head stay in eval mode.
 

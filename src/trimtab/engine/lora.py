@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.engine.frozen import FrozenLinear
 from trimtab.engine.fused.formats import DROPOUT_LEVELS
+from trimtab.engine.mixed import Mix, current_mix
 
 
 def speed_up_lora(model: nn.Module) -> int:
@@ -28,6 +30,15 @@ def speed_up_lora(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = FastLoraLinear
     return len(layers)
+
+
+def can_mix(model: nn.Module, adapters: Iterable[str]) -> bool:
+    """Whether every layer that peft has put into `model` is plain LoRA, so that a batch can mix these adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = set(adapters)
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return bool(layers) and all(isinstance(layer, FastLoraLinear) and layer.can_mix(names) for layer in layers)
 
 
 class _Parts(NamedTuple):
@@ -45,12 +56,33 @@ class FastLoraLinear(PeftLinear):  # type: ignore[misc]
     """peft's LoRA linear; its forward takes the short way where nothing unusual is asked for."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mix = current_mix()
+        if mix is not None and not self.disable_adapters:
+            return self._mixed(x, mix)
         parts = None if args or kwargs else self._plain_parts(x)
         if parts is None:
             stock: Tensor = super().forward(x, *args, **kwargs)
             return stock
         result: Tensor = _LoraFunction.apply(x, *parts)  # type: ignore[no-untyped-call]
         return result
+
+    def can_mix(self, adapters: set[str]) -> bool:
+        mine = adapters & set(self.lora_A)
+        plain = not (self.merged or mine & set(self.lora_variant) or mine & set(self.lora_embedding_A))
+        return plain and all(
+            self.lora_B[name].bias is None and self.lora_B[name].weight.dtype == torch.float32 for name in mine
+        )
+
+    def _mixed(self, x: Tensor, mix: Mix) -> Tensor:
+        """Each share of a batch with its own adapter."""
+        result: Tensor = self.base_layer(x)
+        inputs, output = (part.reshape(mix.units, -1, part.shape[-1]) for part in (x, result))
+        for name, places in mix.shares:
+            if name in self.lora_A:
+                lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+                added = inputs.index_select(0, places) @ lora_a.t() @ lora_b.t()
+                output.index_add_(0, places, added, alpha=float(self.scaling[name]))
+        return output.view_as(result)
 
     def _plain_parts(self, x: Tensor) -> _Parts | None:
         """The layer's tensors, or None where only peft's own forward is right."""

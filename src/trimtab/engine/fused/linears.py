@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trimtab.engine.fused.formats import Adapter, LowRank, Masks, Rows, Want, Weight, draw_masks, quantise_weight
+from trimtab.engine.mixed import Share
 
 # A module of kernels: `plain` or `native`.
 Kernels = ModuleType
@@ -54,6 +55,7 @@ class LinearGroup:
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
         self.weight = Weight(values)
         self.adapters: tuple[Adapter, ...] = ()
+        self.mixed: list[tuple[Tensor, list[Adapter]]] = []  # the tokens that ask for some adapter, and its parts
 
     @property
     def can_quantise(self) -> bool:
@@ -83,13 +85,26 @@ class LinearGroup:
             layer = getattr(self.parent, name)
             if _base_of(layer).weight.data_ptr() != self.weight.values[start:].data_ptr():
                 raise NotPlainError  # someone gave the layer another weight
-            adapter = _adapter_of(layer, start, stop)
+            adapter = _active_adapter_of(layer, start, stop)
             if adapter is not None:
                 adapters.append(adapter)
             start = stop
         if len({(adapter.dropout, len(adapter.a)) for adapter in adapters}) > 1:
             raise NotPlainError
         self.adapters = tuple(adapters)
+
+    def mix(self, shares: Sequence[Share]) -> None:
+        """Give each share of the next passes' tokens its own adapter; none, to go back to the active one.
+
+        Raises:
+            NotPlainError: an adapter that is not plain LoRA.
+        """
+        starts = [0, *self.stops]
+        layers = [getattr(self.parent, name) for name in self.names]
+        found = [(places, [adapter for layer, start, stop in zip(layers, starts, self.stops, strict=False)
+                           if (adapter := _adapter_of(layer, name, start, stop)) is not None])
+                 for name, places in shares]  # fmt: skip
+        self.mixed = [(places, adapters) for places, adapters in found if adapters]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -98,7 +113,7 @@ class LinearGroup:
     @property
     def wants(self) -> Want:
         """Formats of the input that the forward reads."""
-        return Want(self.weight.int8 is None or bool(self.adapters), self.weight.int8 is not None)
+        return Want(self.weight.int8 is None or bool(self.adapters or self.mixed), self.weight.int8 is not None)
 
     @property
     def wants_gradient(self) -> Want:
@@ -111,10 +126,23 @@ class LinearGroup:
         """The product + addend."""
         if self.weight.int8 is None and self.weight.tiles is None:  # not held beside int8
             self.weight = self.weight._replace(tiles=self.kernels.lay_out(self.weight.values))
+        if self.mixed:
+            return self._forward_mixed(rows, addend), None
         assert rows.values is not None or not self.adapters
         kept = self._adapt(rows.values) if self.adapters and rows.values is not None else None
         low_rank = None if kept is None else kept.low_rank
         return self.kernels.linear(rows, self.weight, self.bias, low_rank, addend), kept
+
+    def _forward_mixed(self, rows: Rows, addend: Tensor | None) -> Tensor:
+        """The product, to which each share of the tokens adds what its own adapter says."""
+        assert rows.values is not None
+        output: Tensor = self.kernels.linear(rows, self.weight, self.bias, None, addend)
+        for places, adapters in self.mixed:
+            inputs = rows.values.index_select(0, places)
+            for part in adapters:
+                added = inputs @ part.a.t() @ part.b.t()
+                output[:, part.start : part.stop].index_add_(0, places, added, alpha=part.scaling)
+        return output
 
     def _adapt(self, values: Tensor) -> Kept:
         masks = draw_masks(self.adapters[0].dropout)
@@ -138,19 +166,27 @@ def _base_of(layer: Any) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def _adapter_of(layer: Any, start: int, stop: int) -> Adapter | None:
-    """The LoRA part of `layer`; None where it has none, or has it switched off or merged."""
+def _active_adapter_of(layer: Any, start: int, stop: int) -> Adapter | None:
+    """The LoRA part of `layer`; None where it has none, or has it switched off."""
     if not isinstance(layer, BaseTunerLayer):
         if any(parameter.requires_grad for parameter in layer.parameters()):
             raise NotPlainError
         return None
-    if not isinstance(layer, PeftLinear) or layer.lora_variant or len(layer.active_adapters) > 1:
+    if len(layer.active_adapters) > 1:
         raise NotPlainError
-    if layer.merged:  # the copies that the kernels read do not follow a merge
-        raise NotPlainError
-    if layer.disable_adapters or not layer.active_adapters:
+    if not layer.active_adapters or layer.disable_adapters:
+        _adapter_of(layer, "", start, stop)
         return None
-    name = layer.active_adapters[0]
+    return _adapter_of(layer, layer.active_adapters[0], start, stop)
+
+
+def _adapter_of(layer: Any, name: str, start: int, stop: int) -> Adapter | None:
+    """The LoRA part that `layer` has under this name; None where there is none."""
+    if not isinstance(layer, BaseTunerLayer):
+        return None
+    # The copies that the kernels read do not follow a merge.
+    if not isinstance(layer, PeftLinear) or name in layer.lora_variant or layer.merged:
+        raise NotPlainError
     if name not in layer.lora_A:
         return None
     lora_a, lora_b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]

@@ -20,6 +20,7 @@ from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want
 from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, values_of
 from trimtab.engine.fused.linears import Kernels, NotPlainError
 from trimtab.engine.fused.prefix_cache import Prefix, PrefixCache
+from trimtab.engine.mixed import current_mix
 
 
 class LayerStack:
@@ -65,6 +66,19 @@ class LayerStack:
 
     def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""
+        mix = current_mix()
+        if mix is None:
+            return self._hidden_states(inputs, runs, rows)
+        try:
+            for group in self.groups:
+                group.mix(mix.shares)
+            states = self._hidden_states(inputs, runs, None)  # shares are told by the places of all tokens
+        finally:
+            for group in self.groups:
+                group.mix(())
+        return states if rows is None else states.index_select(0, rows)
+
+    def _hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         backbone = self.backbone
         prefix = self._look_up(inputs, runs)
         known = None if prefix is None or prefix.states is None else prefix.states.unsqueeze(0)

@@ -1,0 +1,76 @@
+"""Where an adapter's base is, and what is known of an adapter that another program saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from trimtab.adapters.files import is_whole_model
+from trimtab.errors import AdapterError, SourceError
+from trimtab.models import load_config
+from trimtab.progress import Progress
+from trimtab.sources import ModelSource, fingerprint_model, locate_model
+
+# peft's names of tasks, where another program saved the adapter.
+_TASKS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification", "CAUSAL_LM": "causal_lm",
+          "SEQ_2_SEQ_LM": "seq2seq"}  # fmt: skip
+_HEAD_WEIGHTS = (".score.weight", "classifier.weight", "out_proj.weight")
+_DEFAULT_LENGTH_TOKENS = 256
+
+
+def locate_base(folder: Path, facts: Mapping[str, Any], base: str | None, progress: Progress) -> ModelSource:
+    """Find the base of an adapter where it was, or at `base`, and see that it is the same to the bit.
+
+    Raises:
+        SourceError: it cannot be had, or is another one.
+    """
+    if is_whole_model(folder):
+        return ModelSource(facts["base"], str(folder), True)
+    name = base or facts["base"]
+    source = locate_model(name, progress)
+    found = fingerprint_model(source)
+    if found != facts["base_sha256"]:
+        raise SourceError(
+            f"{name} is not the base of {folder}: its weights have SHA-256 {found[:12]}…, "
+            f"the adapter was trained on {facts['base_sha256'][:12]}…; give the base it was trained on"
+        )
+    return source
+
+
+def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[ModelSource, dict[str, Any]]:
+    """What peft's own files tell of an adapter that another program saved; says what cannot be checked."""
+    if is_whole_model(folder):
+        raise AdapterError(f"{folder} holds a whole model and no {CONFIG_NAME}; transformers loads it as it is")
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    name, task = base or config.get("base_model_name_or_path"), _TASKS.get(config.get("task_type") or "")
+    if not name:
+        raise AdapterError(f"{folder / CONFIG_NAME} names no base model; give it (base)")
+    if task is None:
+        raise AdapterError(f"{folder}: its task_type {config.get('task_type')!r} is none of: {', '.join(_TASKS)}")
+    progress.note(
+        f"{folder} was not saved by Trimtab: whether {name} is its base and its files are whole cannot be checked"
+    )
+    source = locate_model(name, progress)
+    names = _label_names(folder, source) if task in ("classification", "token_classification") else []
+    facts = {"base": name, "task": task, "label_names": names, "max_length_tokens": _DEFAULT_LENGTH_TOKENS,
+             "virtual_tokens": config.get("num_virtual_tokens") or 0}  # fmt: skip
+    return source, facts
+
+
+def _label_names(folder: Path, source: ModelSource) -> list[str]:
+    """The base's own names, if the saved head has as many rows; else numbers."""
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as saved:
+        names = list(saved.keys())
+        heads = [name for name in names if name.endswith(_HEAD_WEIGHTS)]
+        if not heads:
+            raise AdapterError(f"{folder / SAFETENSORS_WEIGHTS_NAME} holds no head, so its labels are not known")
+        rows = saved.get_slice(heads[-1]).get_shape()[0]
+    known = load_config(source).id2label or {}
+    return (
+        [str(known[number]) for number in sorted(known)] if len(known) == rows else [f"LABEL_{n}" for n in range(rows)]
+    )
