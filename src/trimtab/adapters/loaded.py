@@ -44,6 +44,7 @@ class KnownAdapter:
     path: Path
     facts: Mapping[str, Any]
     task: Task
+    max_length_tokens: int
 
     @property
     def classes(self) -> int:
@@ -120,7 +121,9 @@ class LoadedAdapter:
                 f"{folder} was trained on {facts['base']} with SHA-256 {facts['base_sha256'][:12]}…, and the base "
                 f"that is loaded has {(self._base_sha256 or 'none known')[:12]}…; load it by itself"
             )
-        return KnownAdapter(folder, facts, task)
+        reserved = facts.get("virtual_tokens", 0)
+        length = usable_length(self.scorer.base.model, facts["max_length_tokens"] + reserved) - reserved
+        return KnownAdapter(folder, facts, task, length)
 
     @property
     def _base_sha256(self) -> str | None:
@@ -246,10 +249,8 @@ class LoadedAdapter:
         return said
 
     def _scorer_of(self, name: str) -> Scorer:
-        known, model = self.known[name], self.scorer.base.model
-        reserved = known.facts.get("virtual_tokens", 0)
-        usable = usable_length(model, known.facts["max_length_tokens"] + reserved) - reserved
-        return replace(self.scorer, task=known.task, max_length_tokens=usable)
+        known = self.known[name]
+        return replace(self.scorer, task=known.task, max_length_tokens=known.max_length_tokens)
 
     def predict_rows(self, rows: Sequence[Row]) -> list[Record]:
         """The same for rows whose labels are never read, by the active adapter."""

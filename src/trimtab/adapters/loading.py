@@ -53,7 +53,7 @@ def load_adapter(
     bits = "none" if is_whole_model(folder) else quantize or facts.get("quantize", "none")
     model = load_base(source, task.auto_class, head, facts.get("seed", 0), bits)
     scorer = make_scorer(task, model, facts["max_length_tokens"], listener, facts.get("virtual_tokens", 0))
-    known = KnownAdapter(folder, facts, task)
+    known = KnownAdapter(folder, facts, task, scorer.max_length_tokens)
     if is_whole_model(folder):
         return LoadedAdapter(name, known, scorer, WholeModel(model.model).eval())
     peft_model = PeftModel.from_pretrained(model.model, str(folder), adapter_name=name)

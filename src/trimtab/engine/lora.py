@@ -76,8 +76,8 @@ class FastLoraLinear(PeftLinear):  # type: ignore[misc]
     def _mixed(self, x: Tensor, mix: Mix) -> Tensor:
         """Each share of a batch with its own adapter."""
         result: Tensor = self.base_layer(x)
-        inputs, output = (part.reshape(mix.units, -1, part.shape[-1]) for part in (x, result))
-        for name, places in mix.shares:
+        inputs, output = (part.reshape(len(mix.numbers), -1, part.shape[-1]) for part in (x, result))
+        for name, places in zip(mix.names, mix.shares, strict=True):
             if name in self.lora_A:
                 lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
                 added = inputs.index_select(0, places) @ lora_a.t() @ lora_b.t()

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trimtab.engine.fused.formats import Adapter, LowRank, Masks, Rows, Want, Weight, draw_masks, quantise_weight
-from trimtab.engine.mixed import Share
+from trimtab.engine.mixed import Mix, multiply_chunks
 
 # A module of kernels: `plain` or `native`.
 Kernels = ModuleType
@@ -26,6 +26,20 @@ class Kept(NamedTuple):
     inputs: Tensor
     low_rank: LowRank
     masks: Masks
+
+
+class _MixedPart(NamedTuple):
+    """What each adapter adds to a product's columns `start` to `stop`: x a b, zeros where it has no part there."""
+
+    start: int
+    stop: int
+    a: Tensor  # [adapters, inputs, rank]
+    b: Tensor  # [adapters, rank, stop - start]
+
+
+class _Mixed(NamedTuple):
+    mix: Mix
+    parts: list[_MixedPart]
 
 
 class NotPlainError(Exception):
@@ -55,7 +69,7 @@ class LinearGroup:
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
         self.weight = Weight(values)
         self.adapters: tuple[Adapter, ...] = ()
-        self.mixed: list[tuple[Tensor, list[Adapter]]] = []  # the tokens that ask for some adapter, and its parts
+        self.mixed: _Mixed | None = None
 
     @property
     def can_quantise(self) -> bool:
@@ -93,18 +107,24 @@ class LinearGroup:
             raise NotPlainError
         self.adapters = tuple(adapters)
 
-    def mix(self, shares: Sequence[Share]) -> None:
-        """Give each share of the next passes' tokens its own adapter; none, to go back to the active one.
+    def mix(self, mix: Mix | None) -> None:
+        """Give each token of the next pass its own adapter; None, to go back to the active one.
 
         Raises:
             NotPlainError: an adapter that is not plain LoRA.
         """
-        starts = [0, *self.stops]
-        layers = [getattr(self.parent, name) for name in self.names]
-        found = [(places, [adapter for layer, start, stop in zip(layers, starts, self.stops, strict=False)
-                           if (adapter := _adapter_of(layer, name, start, stop)) is not None])
-                 for name, places in shares]  # fmt: skip
-        self.mixed = [(places, adapters) for places, adapters in found if adapters]
+        self.mixed = None
+        if mix is None:
+            return
+        parts = []
+        start = 0
+        for layer_name, stop in zip(self.names, self.stops, strict=True):
+            layer = getattr(self.parent, layer_name)
+            found = [_adapter_of(layer, name, start, stop) for name in mix.names]
+            if any(found):
+                parts.append(_MixedPart(start, stop, *_stack(found)))
+            start = stop
+        self.mixed = _Mixed(mix, parts) if parts else None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -113,7 +133,9 @@ class LinearGroup:
     @property
     def wants(self) -> Want:
         """Formats of the input that the forward reads."""
-        return Want(self.weight.int8 is None or bool(self.adapters or self.mixed), self.weight.int8 is not None)
+        return Want(
+            self.weight.int8 is None or bool(self.adapters) or self.mixed is not None, self.weight.int8 is not None
+        )
 
     @property
     def wants_gradient(self) -> Want:
@@ -126,22 +148,19 @@ class LinearGroup:
         """The product + addend."""
         if self.weight.int8 is None and self.weight.tiles is None:  # not held beside int8
             self.weight = self.weight._replace(tiles=self.kernels.lay_out(self.weight.values))
-        if self.mixed:
-            return self._forward_mixed(rows, addend), None
+        if self.mixed is not None:
+            return self._forward_mixed(rows, addend, self.mixed), None
         assert rows.values is not None or not self.adapters
         kept = self._adapt(rows.values) if self.adapters and rows.values is not None else None
         low_rank = None if kept is None else kept.low_rank
         return self.kernels.linear(rows, self.weight, self.bias, low_rank, addend), kept
 
-    def _forward_mixed(self, rows: Rows, addend: Tensor | None) -> Tensor:
-        """The product, to which each share of the tokens adds what its own adapter says."""
+    def _forward_mixed(self, rows: Rows, addend: Tensor | None, mixed: _Mixed) -> Tensor:
+        """The product, to which each token adds what its own adapter says."""
         assert rows.values is not None
         output: Tensor = self.kernels.linear(rows, self.weight, self.bias, None, addend)
-        for places, adapters in self.mixed:
-            inputs = rows.values.index_select(0, places)
-            for part in adapters:
-                added = inputs @ part.a.t() @ part.b.t()
-                output[:, part.start : part.stop].index_add_(0, places, added, alpha=part.scaling)
+        for start, stop, a, b in mixed.parts:
+            output[:, start:stop] += multiply_chunks(rows.values, (a, b), mixed.mix)
         return output
 
     def _adapt(self, values: Tensor) -> Kept:
@@ -164,6 +183,19 @@ class LinearGroup:
 
 def _base_of(layer: Any) -> Any:
     return getattr(layer, "base_layer", layer)
+
+
+def _stack(adapters: Sequence[Adapter | None]) -> tuple[Tensor, Tensor]:
+    """A^T and B^T of each, with zeros up to the largest rank."""
+    known = [adapter for adapter in adapters if adapter is not None]
+    rank = max(len(adapter.a) for adapter in known)
+    a = known[0].a.new_zeros(len(adapters), rank, known[0].a.shape[1])
+    b = known[0].b.new_zeros(len(adapters), len(known[0].b), rank)
+    for number, adapter in enumerate(adapters):
+        if adapter is not None:
+            a[number, : len(adapter.a)] = adapter.a
+            b[number, :, : len(adapter.a)] = adapter.b * adapter.scaling
+    return a.transpose(1, 2), b.transpose(1, 2)
 
 
 def _active_adapter_of(layer: Any, start: int, stop: int) -> Adapter | None:

@@ -71,11 +71,11 @@ class LayerStack:
             return self._hidden_states(inputs, runs, rows)
         try:
             for group in self.groups:
-                group.mix(mix.shares)
-            states = self._hidden_states(inputs, runs, None)  # shares are told by the places of all tokens
+                group.mix(mix)
+            states = self._hidden_states(inputs, runs, None)  # a mix is told by the places of all tokens
         finally:
             for group in self.groups:
-                group.mix(())
+                group.mix(None)
         return states if rows is None else states.index_select(0, rows)
 
     def _hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
