@@ -17,6 +17,7 @@ from trimtab.data import Row
 from trimtab.engine.forward import usable_length
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import build_stack
+from trimtab.engine.scoring import SCORING_TOKENS_PER_BATCH
 from trimtab.job import Job
 from trimtab.machine import measure_gemm_rates
 from trimtab.methods import WholeModel, check_method, get_method, learning_rate_of, virtual_tokens_of
@@ -30,8 +31,12 @@ _SAMPLED_ROWS = 500
 # `_RATED_GFLOPS` (benchmarks/training.py on two cores: SmolLM2 and MiniLM, both formats).
 _RATED_GFLOPS = 262.0
 _TRAIN_OVERHEAD, _SCORE_OVERHEAD = 36e-9, 10.5e-9
+# Seconds to take a weight of a quantised layer apart, once for each product of a batch.
+_UNPACK_SECONDS = {"none": 0.0, "8bit": 7e-9, "4bit": 7e-9}
 # How much slower other paths are than fused layers, in what is not products: peft's own layers; padding.
 _SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 3.5}
+# How much more transformers' and peft's own layers keep of a token than fused ones.
+_KEPT = {"fused": 1.0, "packed": 2.7, "padded": 2.0}
 # Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
 _START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 7.0, 6e-9, 4.0
 # Bytes a parameter of the layers' linears; 4 bits with their scales.
@@ -90,7 +95,7 @@ def estimate_job(job: Job) -> Estimate:
         for split in ("train", "validation", "test")
     }
     adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model))
-    memory = _memory(job, sizes, trainable, total, stack is not None, forward)
+    memory = _memory(job, sizes, trainable, total, forward)
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
     return Estimate(
@@ -144,13 +149,13 @@ def _count_tokens(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, len
     return round(encoded.tokens * len(rows) / len(sample))
 
 
-def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, has_stack: bool, forward: str) -> dict[str, int]:
+def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str) -> dict[str, int]:
     study = job.study
     tokens = study.tokens_per_batch // study.gradient_accumulation_steps + virtual_tokens_of(study) * 16
-    # What a layer keeps of a token for its backward, in floats; peft's and transformers' own layers keep more.
+    # What a layer keeps of a token for its backward, in floats.
     kept = 9 * sizes.hidden + 3 * sizes.inner
-    per_token = 4 * kept * sizes.trained_layers * (1.0 if forward == "fused" else 2.0)
-    copies = 4 * sizes.linear if has_stack else 0
+    per_token = 4 * kept * sizes.trained_layers * _KEPT[forward]
+    copies = 4 * sizes.linear if forward == "fused" else 0  # given back before other layers train
     weights = 4 * (total - sizes.linear) + _BYTES[study.quantize] * sizes.linear
     vocabulary = 2 * 4 * 256 * sizes.vocabulary if not job.task.has_probe else 0
     return {
@@ -166,6 +171,7 @@ def _seconds(
     job: Job, sizes: _Sizes, tokens: dict[str, int], total: int, has_stack: bool, forward: str
 ) -> dict[str, float]:
     study = job.study
+    unpack = _UNPACK_SECONDS[study.quantize] * sizes.linear
     rates = measure_gemm_rates(("float32", "int8"))
     real = rates["float32"] or 1.0
     whole = max(real, rates["int8"] or real) if study.precision in ("int8", "auto") and native.has_int8() else real
@@ -174,10 +180,12 @@ def _seconds(
 
     def score(rate: float, path: str) -> float:
         """Seconds a token."""
-        return 2e-9 * sizes.linear / rate + _SCORE_OVERHEAD * units * _SLOWER[path]
+        products = 2e-9 * sizes.linear / rate + unpack / SCORING_TOKENS_PER_BATCH
+        return products + _SCORE_OVERHEAD * units * _SLOWER[path]
 
     backward = sizes.trained_layers / sizes.layers
-    step = 2e-9 * sizes.linear * (1 + backward) / whole + _TRAIN_OVERHEAD * units * _SLOWER[forward]
+    products = 2e-9 * sizes.linear / whole + unpack / study.tokens_per_batch
+    step = products * (1 + backward) + _TRAIN_OVERHEAD * units * _SLOWER[forward]
     validations = study.num_train_epochs * study.evaluations_per_epoch + 1
     rest = tokens["train"] + tokens["validation"]
     load = _LOAD_SECONDS_PER_BYTE * 4 * total
