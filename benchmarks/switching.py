@@ -124,8 +124,8 @@ def measure() -> dict[str, Any]:
 def write_page(found: dict[str, Any]) -> None:
     lines = [
         "# Many adapters on one base\n",
-        f"{ADAPTERS} adapters (LoRA, r 8, q and v) around one SmolLM2 in one process, {ROWS} film reviews a batch, on two "
-        f"cores: medians of {TURNS} turns.\n",
+        f"{ADAPTERS} adapters (LoRA, r 8, q and v) around one SmolLM2 in one process, {ROWS} film reviews a batch, "
+        f"on two cores: medians of {TURNS} turns.\n",
         "```sh\npython benchmarks/switching.py\n```\n",
         "| | milliseconds a row | times one adapter |",
         "| --- | --: | --: |",
@@ -133,8 +133,8 @@ def write_page(found: dict[str, Any]) -> None:
     for name, value in found["median_seconds"].items():
         lines.append(f"| {_TITLES[name]} | {1000 * value / ROWS:.1f} | {found['ratio_to_one'][name]:.2f} |")
     lines.append(
-        f"\nA further adapter is loaded in {found['load_seconds']:.2f} s, the base in memory once. Probabilities differ "
-        f"from peft's by up to {found['largest_difference_from_peft']:.1e}."
+        f"\nA further adapter is loaded in {found['load_seconds']:.2f} s, the base in memory once. Probabilities "
+        f"differ from peft's by up to {found['largest_difference_from_peft']:.1e}."
     )
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,11 +1,13 @@
 """A small Hub on this machine: repositories are folders, served by the routes that `huggingface_hub` asks for.
 
-Models lie in `root/<owner>/<name>`, data sets in `root/datasets/<owner>/<name>`; a repository with a file
-named `.gated` answers 401. The client is the real one, pointed here by `HF_ENDPOINT`.
+Models lie in `root/<owner>/<name>`, data sets in `root/datasets/<owner>/<name>`, another revision of either in
+`<name>@<revision>` beside it; a repository with a file named `.gated` answers 401. Uploads are written there.
+The client is the real one, pointed here by `HF_ENDPOINT`.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -15,12 +17,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-_API = re.compile(r"^/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?$")
+_API = re.compile(
+    r"^/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.*))?)?$"
+)
 _FILE = re.compile(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 
 class HubServer(ThreadingHTTPServer):
-    """Use as a context manager; `requests` holds (method, path) of all that was asked."""
+    """Use as a context manager; `requests` holds (method, path) of all that was asked.
+
+    The first answer with a file named in `cut_once` breaks off in its middle; `resumed` holds where each went on.
+    """
 
     daemon_threads = True
 
@@ -28,6 +35,8 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.requests: list[tuple[str, str]] = []
+        self.cut_once: set[str] = set()
+        self.resumed: list[tuple[str, int]] = []
 
     @property
     def url(self) -> str:
@@ -67,6 +76,16 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := _FILE.match(path):
             is_data, name, revision, file = match.groups()
             self._send_file(bool(is_data), name, revision, file)
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            if asked.get("organization") == "others":
+                self._send(403, b"{}", {"X-Error-Message": "You don't have the rights to create a model there"})
+                return
+            folder = self.server.root / str(asked.get("organization") or "me") / asked["name"]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._send_json({"url": f"{self.server.url}/{folder.parent.name}/{folder.name}"})
+        elif path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
         else:
             self._send(404, b"{}")
 
@@ -77,10 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         elif (folder / ".gated").exists():
             self._send(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."})
-        elif revision not in (None, "main", _commit(folder)):
-            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        else:
+        elif revision in (None, "main", _commit(folder)):
             return folder
+        else:
+            for other in folder.parent.glob(f"{folder.name}@*"):
+                if revision in (other.name.partition("@")[2], _commit(other)):
+                    return other
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         return None
 
     def _answer_api(
@@ -90,7 +112,17 @@ class _Handler(BaseHTTPRequestHandler):
         if folder is None:
             return
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        if what == "tree":
+        if what == "preupload":
+            self._send_json({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                       for file in json.loads(body)["files"]]})  # fmt: skip
+        elif what == "commit":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    (folder / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+            self._send_json(
+                {"success": True, "commitOid": _commit(folder), "commitUrl": f"{self.server.url}/{name}/commit/1"}
+            )
+        elif what == "tree":
             inside = [path for path in files if str(path.relative_to(folder)).startswith(below)]
             self._send_json([_describe(path, folder) for path in inside])
         elif what == "paths-info":
@@ -114,8 +146,17 @@ class _Handler(BaseHTTPRequestHandler):
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked and int(asked[1]):
             start = int(asked[1])
+            self.server.resumed.append((file, start))
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             self._send(206, content[start:], headers)
+        elif file in self.server.cut_once and self.command == "GET":
+            self.server.cut_once.discard(file)
+            self.send_response(200)
+            for header, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(header, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
         else:
             self._send(200, content, headers)
 

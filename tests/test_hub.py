@@ -25,6 +25,7 @@ def hub(tmp_path_factory, model_folder):
     data.mkdir(parents=True)
     write_reviews(data / "train.csv", 120)
     write_reviews(data / "test.csv", 60, seed=1)
+    shutil.copytree(model_folder("bert"), root / "small" / "llama@v2")
     with HubServer(root) as server:
         yield server
 
@@ -43,7 +44,9 @@ def trimtab(hub, tmp_path):
 
 
 def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
+    """And a download that breaks off in its middle goes on from there."""
     flags = ["--model=small/llama", "--train-data=small/reviews", *SETTINGS]
+    hub.cut_once.add("model.safetensors")
     done = trimtab("run", *flags, f"--out={tmp_path / 'run'}", "--json")
     assert done.returncode == 0, done.stderr
     comparison = json.loads(done.stdout)
@@ -52,6 +55,8 @@ def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
     got = [path for method, path in hub.requests if method == "GET"]
     assert any(path.startswith("/small/llama/resolve/") and path.endswith("/model.safetensors") for path in got)
     assert any(path.startswith("/datasets/small/reviews/resolve/") for path in got)
+    assert not hub.cut_once
+    assert any(file == "model.safetensors" and start > 0 for file, start in hub.resumed)
 
     asked = len(hub.requests)
     again = trimtab("run", *flags, f"--out={tmp_path / 'again'}", "--json", HF_HUB_OFFLINE="1")
@@ -65,12 +70,110 @@ def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
     [
         (["--model=small/nothing", "--train-data=small/reviews"], "model 'small/nothing' cannot be had from the Hub"),
         (["--model=small/gated", "--train-data=small/reviews"], "model 'small/gated' cannot be had from the Hub: 401"),
+        (["--model=small/llama@v9", "--train-data=small/reviews"], "model 'small/llama@v9' cannot be had from the Hub"),
         (["--model=small/llama", "--train-data=small/nothing"], "data 'small/nothing' is neither a file or folder here"),
     ],
-    ids=["no such model", "gated model", "no such data"],
+    ids=["no such model", "gated model", "no such revision", "no such data"],
 )  # fmt: skip
 def test_what_the_hub_does_not_give_is_one_clear_error(trimtab, tmp_path, flags, message):
     done = trimtab("run", *flags, *SETTINGS, f"--out={tmp_path / 'run'}")
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch):
+    """This process with that Hub as its Hub, and a cache of its own."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    for name in ("HUGGINGFACE_CO_URL_TEMPLATE",):
+        monkeypatch.setattr(constants, name, hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    return hub
+
+
+def test_a_revision_is_pinned(here):
+    from trimtab.models import load_config
+    from trimtab.progress import Silent
+    from trimtab.sources import fingerprint_model, locate_model
+
+    main, pinned = (locate_model(name, Silent()) for name in ("small/llama@main", "small/llama@v2"))
+    kinds = [load_config(source).model_type for source in (main, pinned)]
+    assert kinds == ["llama", "bert"]
+    assert fingerprint_model(main) != fingerprint_model(pinned)
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model_folder):
+    data = write_reviews(tmp_path / "reviews.csv", 120)
+    done = trimtab(
+        "run",
+        f"--model={model_folder('llama')}",
+        f"--train-data={data}",
+        *SETTINGS,
+        f"--out={tmp_path / 'run'}",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    adapter = tmp_path / "run" / "trials" / "lora-s0" / "adapter"
+    asked = len(hub.requests)
+    dry = trimtab("push", adapter, "small/reviews-lora", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "adapter_model.safetensors" in dry.stdout
+    assert "all is in order for small/reviews-lora; nothing was sent" in dry.stdout
+    assert len(hub.requests) == asked
+    sent = trimtab("push", adapter, "small/reviews-lora", "--json", HF_TOKEN="hf_of_a_test")
+    assert sent.returncode == 0, sent.stderr
+    assert json.loads(sent.stdout)["url"].endswith("/commit/1")
+    there = hub.root / "small" / "reviews-lora"
+    assert {path.name for path in there.iterdir()} == {path.name for path in adapter.iterdir()}
+    said = trimtab("predict", "small/reviews-lora", "--input", data, "--out", tmp_path / "found.jsonl")
+    assert said.returncode == 0, said.stderr
+    local = trimtab("predict", adapter, "--input", data, "--out", tmp_path / "wanted.jsonl")
+    assert local.returncode == 0, local.stderr
+    assert (tmp_path / "found.jsonl").read_text() == (tmp_path / "wanted.jsonl").read_text()
+    (there / "adapter_model.safetensors").write_bytes(b"other")  # what came down the wire is checked as what lay here
+    shutil.rmtree(tmp_path / "hf")
+    broken = trimtab("predict", "small/reviews-lora", "--input", data)
+    assert broken.returncode == 2
+    assert "adapter_model.safetensors is not what was saved" in " ".join(broken.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["others/mine"], "others/mine cannot be written on the Hub: 403"),
+        (["noowner"], "'noowner' names no owner; give owner/name"),
+        (["a b/c"], "'a b/c' is no name on the Hub"),
+    ],
+)
+def test_what_the_hub_does_not_take_is_one_clear_error(here, finished_adapter, arguments, message):
+    from trimtab.errors import SourceError
+    from trimtab.publishing import push_adapter
+
+    with pytest.raises(SourceError, match=message):
+        push_adapter(finished_adapter, *arguments)
+
+
+@pytest.fixture
+def finished_adapter(tmp_path, model_folder):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder("llama"))
+    get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def test_a_card_that_the_hub_cannot_read_is_not_sent(finished_adapter):
+    from trimtab.errors import AdapterError
+    from trimtab.publishing import push_adapter
+
+    (finished_adapter / "README.md").write_text("---\n- not: [a mapping\n---\n")
+    with pytest.raises(AdapterError, match=r"README.md: its metadata cannot be read"):
+        push_adapter(finished_adapter, "small/x", dry_run=True)
+    (finished_adapter / "README.md").unlink()
+    with pytest.raises(AdapterError, match=r"has no model card \(README.md\); trimtab report RUN writes it"):
+        push_adapter(finished_adapter, "small/x", dry_run=True)

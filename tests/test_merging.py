@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 
 import trimtab
-from samples import run_here, run_trimtab, write_reviews
+from samples import run_here, run_trimtab, write_reviews, write_tales
 from trimtab import merging
-from trimtab.errors import InputError, MergeError, SourceError
+from trimtab.adapters.files import write_facts
+from trimtab.errors import AdapterError, InputError, MergeError, SourceError, StudyError
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.merging import merge_adapter
 from trimtab.runs import RunFolder, read_jsonl
@@ -101,24 +102,41 @@ def test_an_adapter_of_a_quantised_base_goes_into_full_precision(tmp_path, model
 
 def test_what_cannot_be_merged_is_told(tmp_path, model_folder):
     tune(tmp_path, model_folder("llama"), method="prefix_tuning", num_train_epochs=1)
-    with pytest.raises(InputError, match="prefix_tuning stands beside the base's weights and changes none"):
+    with pytest.raises(AdapterError, match="prefix_tuning stands beside the base's weights and changes none"):
         merge_adapter(tmp_path / "run", tmp_path / "merged")
     adapter = RunFolder(tmp_path / "run").trial("prefix_tuning", 0).adapter
-    (adapter / "adapter_config.json").unlink()
-    with pytest.raises(InputError, match="holds a whole model, which needs no merge"):
+    content = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (adapter / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors is not what was saved"):
         merge_adapter(tmp_path / "run", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_whole_model_needs_no_merge(tmp_path, model_folder):
+    tune(tmp_path, model_folder("llama"), method="full", num_train_epochs=1)
+    with pytest.raises(InputError, match="holds a whole model, which needs no merge"):
+        merge_adapter(tmp_path / "run", tmp_path / "merged")
 
 
 def test_places_without_an_adapter_and_other_bases_are_refused(finished, tmp_path, model_folder):
     with pytest.raises(InputError, match="is no adapter in a run folder"):
         merge_adapter(tmp_path, tmp_path / "merged")
     trial = finished.trial("lora", 0)
-    facts = trial.facts_in(trial.adapter)
-    kept = facts.read_text()
-    facts.write_text(json.dumps(json.loads(kept) | {"base_sha256": "0" * 64}))
+    facts = json.loads(trial.facts_in(trial.adapter).read_text())
+    write_facts(trial.adapter, facts | {"base_sha256": "0" * 64})
     try:
-        with pytest.raises(SourceError, match="has changed: its weights have SHA-256"):
+        with pytest.raises(SourceError, match=r"is not the base of .*: its weights have SHA-256"):
             merge_adapter(finished.path, tmp_path / "merged")
     finally:
-        facts.write_text(kept)
+        write_facts(trial.adapter, facts)
+
+
+def test_what_gguf_cannot_hold_is_told_before_weights_are_read(finished, tmp_path, model_folder):
+    with pytest.raises(StudyError, match="--format gguf is for language models, and this is a classification adapter"):
+        merge_adapter(finished.path, tmp_path / "gguf", output_format="gguf")
+    tales = write_tales(tmp_path / "tales.jsonl")
+    tune(tmp_path, model_folder("llama", "AutoModelForCausalLM"), task="causal_lm", train_data=str(tales))
+    with pytest.raises(MergeError, match="llama.cpp cannot convert this model to GGUF: "):  # a tokenizer of words
+        merge_adapter(tmp_path / "run", tmp_path / "gguf", output_format="gguf")
+    assert not (tmp_path / "gguf").exists()

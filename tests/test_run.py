@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from samples import Notes, run_here, run_trimtab, write_reviews
 from trimtab.adapters import evaluate_trial, prove_reload
-from trimtab.adapters.files import hash_file
+from trimtab.adapters.files import write_facts
 from trimtab.data import Row
 from trimtab.engine.fused import native
 from trimtab.engine.prepare import prepare_adapted
@@ -243,9 +243,7 @@ def test_a_damaged_adapter_fails_loudly(tmp_path, model_folder, reviews):
     save_file({**weights, name: weights[name] + 0.05}, file, metadata={"format": "pt"})
     with pytest.raises(ReloadError, match=r"could not be scored in a fresh process: .* is not what was saved"):
         prove_reload(run, trial, Silent())
-    facts = json.loads(trial.facts_in(trial.adapter).read_text())
-    facts["files"][file.name] = hash_file(file)
-    trial.facts_in(trial.adapter).write_text(json.dumps(facts))
+    write_facts(trial.adapter, json.loads(trial.facts_in(trial.adapter).read_text()))
     with pytest.raises(ReloadError, match=r"does not give what was trained: logits differ by up to"):
         prove_reload(run, trial, Silent())
     assert json.loads(trial.reload.read_text())["passed"] is False

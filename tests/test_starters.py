@@ -113,3 +113,16 @@ def test_real_models_on_real_data_and_stock_peft(tmp_path, model, data):
         predicted = [names[i] for i in stock(**batch).logits.argmax(-1)]
     expected = [json.loads(line)["prediction"] for line in run.trial("lora", 0).predictions.read_text().splitlines()]
     assert predicted == expected
+
+
+def test_real_tales_run_in_llama_cpp(tmp_path):
+    """SmolLM2 with a language adapter, merged, converted, and asked for the next tokens by llama.cpp itself."""
+    run = tmp_path / "run"
+    done = run_trimtab("run", "--task=causal_lm", "--train-data=starter:grimm-tales", "--max-train-rows=2",
+                       "--max-validation-rows=1", "--max-test-rows=1", "--max-length-tokens=64", "--num-train-epochs=1",
+                       f"--out={run}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    merged = run_trimtab("merge", run, "--out", tmp_path / "gguf", "--format", "gguf", "--json")
+    assert merged.returncode == 0, merged.stderr
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["merge.json", "model.gguf"]
+    assert 0 < json.loads(merged.stdout)["llama_cpp_difference"] <= 1e-2

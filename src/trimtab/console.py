@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trimtab.estimate import Estimate
     from trimtab.generation import Sampling
     from trimtab.merging import Merge
+    from trimtab.publishing import Push
     from trimtab.support import Support
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -221,7 +222,16 @@ def show_merge(merge: Merge, out: Path) -> None:
             f"the adapter was trained on the base in {merge.quantize}, with {merge.metric} {merge.trained:.4f} "
             "on all test rows; the merged model stands on the base's weights in full precision"
         )
+    if merge.llama_cpp_difference is not None:
+        told.print(f"llama.cpp gives log-probabilities within {merge.llama_cpp_difference:.1e} of transformers")
     told.print(f"merged model: {out}")
+
+
+def show_push(push: Push) -> None:
+    told = _output()
+    for name, size in push.files.items():
+        told.print(f"{size:>12,} bytes  {name}")
+    told.print(f"sent: {push.url}" if push.url else f"all is in order for {push.repository}; nothing was sent")
 
 
 def show_metrics(folders: Sequence[SystemFolder]) -> None:

@@ -10,14 +10,23 @@ import hashlib
 import json
 import os
 import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.errors import SourceError
+from trimtab.cache import cache_folder
+from trimtab.errors import SourceError, TrimtabError
 from trimtab.progress import Progress
+from trimtab.runs import read_json, write_json
 from trimtab.starters import PREFIX, STARTERS, Starter, fetch_starter, get_starter
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
+# What a model or an adapter is made of; in a repository, weights in other formats lie beside these.
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_ADAPTER_FILES = (*_MODEL_FILES, "README.md")
+_SETTLED_SECONDS = 2.0
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -51,8 +60,37 @@ def locate_model(source: str, progress: Progress) -> ModelSource:
             f"no model folder at {source!r}; give a folder with config.json and weights, a Hub id "
             f"(owner/name), or one of: {_starters('model')}"
         )
-    _check_hub_model(source)
+    name, _, revision = source.partition("@")
+    if revision:
+        with _hub_errors("model", source):
+            return ModelSource(source, str(_fetch_files(name, revision, _MODEL_FILES)), True)
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors("model", source):
+        hf_hub_download(source, "config.json")
     return ModelSource(source, source, False)
+
+
+def locate_adapter(source: str | Path) -> Path:
+    """The folder of an adapter: one here, or fetched from the Hub (owner/name, with @revision where wanted).
+
+    Raises:
+        SourceError: the Hub has none of that name, or cannot be reached.
+    """
+    path = Path(source).expanduser()
+    text = str(source)
+    if path.exists() or isinstance(source, Path) or "/" not in text or not _HUB_ID.match(text):
+        return path
+    name, _, revision = text.partition("@")
+    with _hub_errors("adapter", text):
+        return _fetch_files(name, revision or None, _ADAPTER_FILES)
+
+
+def _fetch_files(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """A repository's files of these kinds at its top; from the cache where the Hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
 
 
 def _starters(kind: str) -> str:
@@ -75,21 +113,23 @@ def _check_model_folder(path: Path) -> None:
         )
 
 
-def _check_hub_model(source: str) -> None:
-    from huggingface_hub import hf_hub_download
+@contextmanager
+def _hub_errors(kind: str, source: str) -> Iterator[None]:
+    """What the Hub's client raises, as one clear error."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(source, "config.json")
+        yield
     except LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set" if offline() else "the Hub cannot be reached"
+        starters = f", or start with one of: {_starters('model')}" if kind == "model" else ""
         raise SourceError(
-            f"model {source!r} is neither a folder here nor in the Hub cache, and {reason}; "
-            f"give a local folder, or start with one of: {_starters('model')}"
+            f"{kind} {source!r} is neither a folder here nor in the Hub cache, and {reason}; "
+            f"give a local folder{starters}"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise SourceError(f"model {source!r} cannot be had from the Hub: {first}") from error
+        raise SourceError(f"{kind} {source!r} cannot be had from the Hub: {first}") from error
 
 
 def locate_data_starter(source: str, progress: Progress) -> tuple[Starter, Path]:
@@ -109,8 +149,8 @@ def fingerprint_files(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_model(source: ModelSource) -> str:
-    """SHA-256 over the weight files of a base model."""
+def weight_files(source: ModelSource) -> list[Path]:
+    """The files that hold a model's weights: safetensors where there are some, on this disk."""
     if source.is_local:
         folder = Path(source.location)
     else:
@@ -120,4 +160,24 @@ def fingerprint_model(source: ModelSource) -> str:
             snapshot_download(source.location, local_files_only=True, allow_patterns=["*.safetensors", "*.bin"])
         )
     files = list(folder.glob("*.safetensors")) or [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
-    return fingerprint_files(files)
+    return sorted(files)
+
+
+def fingerprint_model(source: ModelSource) -> str:
+    """SHA-256 over the weight files of a base model; kept, and told again while the files' stamps stay as they are."""
+    files = weight_files(source)
+    stamps = [path.stat() for path in files]
+    stamp = [[path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+             for path, stat in zip(files, stamps, strict=True)]  # fmt: skip
+    place = hashlib.sha256(str([path.resolve() for path in files]).encode()).hexdigest()[:32]
+    kept = cache_folder() / "fingerprints" / f"{place}.json"
+    with suppress(OSError, ValueError, KeyError):
+        known = read_json(kept)
+        if known["stamp"] == stamp:
+            return str(known["sha256"])
+    found = fingerprint_files(files)
+    # A file that was changed a moment ago could be changed again within the same tick of its stamp.
+    if all(time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS for stat in stamps):
+        with suppress(OSError, TrimtabError):  # a disk that is full costs time only
+            write_json(kept, {"stamp": stamp, "sha256": found})
+    return found

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
 from samples import Notes, run_here, write_reviews
-from trimtab.adapters.files import check_config, check_folder
+from trimtab.adapters.files import check_config, check_folder, write_facts
 from trimtab.data import Row, read_rows
 from trimtab.errors import AdapterError, SourceError
 from trimtab.runs import RunFolder
@@ -50,8 +50,7 @@ def test_a_moved_folder_finds_its_base_and_scores_as_before(finished, adapter):
 
 def test_a_moved_base_is_named_and_verified(finished, adapter, model_folder, tmp_path):
     moved = shutil.copytree(model_folder("llama"), tmp_path / "base")
-    facts = adapter / "trimtab.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"base": str(tmp_path / "gone")}))
+    write_facts(adapter, json.loads((adapter / "trimtab.json").read_text()) | {"base": str(tmp_path / "gone")})
     with pytest.raises(SourceError, match="gone"):
         trimtab.load_adapter(adapter)
     assert trimtab.load_adapter(adapter, base=str(moved)).scorer.base.model is not None

@@ -174,7 +174,10 @@ def test_the_base_alone_is_the_base_to_the_bit(three, model_folder):
         (lambda loaded, folders: loaded.combine({"three": 1.0}, "c", "ties"), "say how much: density"),
         (lambda loaded, folders: loaded.combine({"three": 1.0}, "c", "ties", 2.0), "density is 2.0; above 0"),
         (lambda loaded, folders: loaded.combine({"three": 0.0}, "c"), "the weights add up to 0"),
-        (lambda loaded, folders: loaded.combine({"three": 1.0}, "c", "magic"), "no combination type 'magic'; one of: linear, svd"),
+        (
+            lambda loaded, folders: loaded.combine({"three": 1.0}, "c", "magic"),
+            "no combination type 'magic'; one of: linear, svd",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_and_changes_nothing(three, call, message):

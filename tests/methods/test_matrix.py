@@ -10,12 +10,15 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
 from trimtab.adapters import save_start, write_weights
+from trimtab.adapters.merged import check_mergeable, write_merged
 from trimtab.engine.batches import Collator, TrainingPlan
 from trimtab.engine.forward import PaddedForward, PromptForward, choose_forward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
 from trimtab.engine.loop import LoopSettings, make_state, train
 from trimtab.engine.prepare import prepare_adapted
+from trimtab.errors import AdapterError
 from trimtab.methods import METHODS, attach_adapter, get_method, make_schedule
+from trimtab.progress import Silent
 from trimtab.support import FAMILIES, build_tiny_model, head_names, make_rows, probe, small_study
 from trimtab.tasks import TASKS, get_task
 
@@ -127,6 +130,19 @@ class Trained:
             return type(base).from_pretrained(folder).eval(), None
         return base, PeftModel.from_pretrained(base, folder).eval()
 
+    def holds_merged(self, peft_model, folder):
+        """What is merged, and read by plain transformers, gives what was trained; or the method says that it cannot."""
+        if not hasattr(peft_model.base_model, "merge_and_unload"):
+            with pytest.raises(AdapterError, match="changes none, so it cannot be merged"):
+                check_mergeable(peft_model, folder)
+            return
+        folder.mkdir()
+        write_merged(peft_model, folder, torch.float32, Silent())
+        plain, info = type(peft_model.get_base_model()).from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert close(self.alone(plain.eval()), self.trained, 1e-4)
+
 
 def enlarge_head(model):
     """Stock weights start so small that a difference would hide."""
@@ -173,6 +189,8 @@ def test_learns_and_comes_back(method, task, family, tmp_path):
     if peft_model is not None:
         with base_alone(peft_model, tuned.untrained_heads):
             assert torch.equal(tuned.alone(base), tuned.start)
+        _, peft_model = tuned.reload(tmp_path / "adapter")
+        tuned.holds_merged(peft_model, tmp_path / "merged")
 
 
 @pytest.mark.parametrize(("method", "task", "family"), GAPS, ids=lambda value: value)

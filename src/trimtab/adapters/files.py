@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import AdapterError, suggest
-from trimtab.runs import TrialFolder, read_json
+from trimtab.runs import TrialFolder, read_json, write_json
 
 # A folder that holds every weight of a model instead of an adapter.
 _WHOLE_WEIGHTS = "model.safetensors"
@@ -28,14 +28,47 @@ _RANKS = ("r", "target_r", "init_r", "num_virtual_tokens", "adapter_len")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in `folder` but its model card, by name."""
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in _FREE)
+    """SHA-256 of every file in `folder`, by name, but of its model card and of what holds the hashes."""
+    free = (*_FREE, TrialFolder.facts_in(folder).name)
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in free)
     return {path.name: hash_file(path) for path in files}
 
 
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write down what is known of an adapter, with the hashes of its files and of itself."""
+    known = {name: value for name, value in facts.items() if name != "sha256"} | {"files": hash_files(folder)}
+    write_json(TrialFolder.facts_in(folder), known | {"sha256": _hash_facts(known)})
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """What was written down; empty where another program saved the adapter."""
+    file = TrialFolder.facts_in(folder)
+    if not file.is_file():
+        return {}
+    try:
+        facts: dict[str, Any] = read_json(file)
+        known = {name: value for name, value in facts.items() if name != "sha256"}
+    except (ValueError, AttributeError) as error:
+        raise AdapterError(f"{file} is not valid JSON ({error}); copy the folder again") from error
+    if facts.get("sha256") != _hash_facts(known):
+        raise AdapterError(f"{file} is not what was saved (another SHA-256); copy the folder again")
+    for name, wanted in facts["files"].items():
+        if name != Path(name).name:
+            raise AdapterError(f"{file} names {name!r}, outside of the adapter; do not use it")
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder / name} is missing; copy the whole folder again")
+        if hash_file(folder / name) != wanted:
+            raise AdapterError(f"{folder / name} is not what was saved (another SHA-256); copy the folder again")
+    return facts
+
+
+def _hash_facts(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def is_whole_model(folder: Path) -> bool:
@@ -61,13 +94,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if pickles:
             raise AdapterError(f"{folder / pickles[0]}: pickled weights may run code; save them as safetensors")
         raise AdapterError(f"{folder} holds no {weights.name}, so it is no adapter")
-    facts_file = TrialFolder.facts_in(folder)
-    facts: dict[str, Any] = read_json(facts_file) if facts_file.is_file() else {}
-    for name, wanted in facts.get("files", {}).items():
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder / name} is missing; copy the whole folder again")
-        if hash_file(folder / name) != wanted:
-            raise AdapterError(f"{folder / name} is not what was saved (another SHA-256); copy the folder again")
+    facts = _read_facts(folder)
     if not is_whole_model(folder):
         check_config(folder / CONFIG_NAME)
     try:

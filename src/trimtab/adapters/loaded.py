@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trimtab.adapters.files import check_folder, is_whole_model
+from trimtab.adapters.files import check_folder, is_whole_model, write_facts
+from trimtab.adapters.merged import check_mergeable, merge_layer
 from trimtab.adapters.origin import guess_facts
 from trimtab.adapters.switching import (
-    CombinationType,
     attach,
     check_name,
     combine,
@@ -32,6 +33,8 @@ from trimtab.evaluation.unlabelled import SAY, Record, row_without_label
 from trimtab.generation import Sampling, continue_prompts, write_answers
 from trimtab.methods import WholeModel
 from trimtab.progress import Silent
+from trimtab.runs import write_folder
+from trimtab.sources import locate_adapter
 from trimtab.tasks import Task, get_task
 from trimtab.tasks.causal_lm import CausalLM, encode_prompt
 from trimtab.tasks.examples import EncodedRows, Example
@@ -60,6 +63,7 @@ class LoadedAdapter:
         self.active = name
         self.scorer = scorer
         self.peft_model = peft_model
+        self._undo: list[Callable[[], None]] = []  # gives each merged layer its weights back
 
     @property
     def names(self) -> list[str]:
@@ -95,7 +99,8 @@ class LoadedAdapter:
         Raises:
             AdapterError: damaged files, another base, another method, or a name that is taken.
         """
-        folder = Path(path).expanduser()
+        folder = locate_adapter(path)
+        self._check_unmerged()
         check_name(name, self.names)
         if self.is_whole_model or is_whole_model(folder):
             raise AdapterError(f"{folder}: whole models stand alone, each with weights of its own; load it by itself")
@@ -141,6 +146,7 @@ class LoadedAdapter:
         Raises:
             AdapterError: none is loaded under that name.
         """
+        self._check_unmerged()
         self._check_loaded([name])
         if not self.is_whole_model:
             set_active(self.peft_model, name)
@@ -156,10 +162,53 @@ class LoadedAdapter:
         others = [other for other in self.names if other != name]
         if not others:
             raise AdapterError(f"{name!r} is the only adapter here; drop the whole object, or load another first")
+        self._check_unmerged()
         if name == self.active:
             self.switch(others[0])
         self.peft_model.delete_adapter(name)
         del self.known[name]
+
+    def save(self, folder: Path, **more: Any) -> None:
+        """Write the active adapter as a folder of its own, in peft's format, with what is known of it and `more`."""
+
+        def write(target: Path) -> None:
+            self.peft_model.save_pretrained(target, selected_adapters=[self.active])
+            inside = target / self.active
+            if inside.is_dir():  # where peft puts every adapter but the one called default
+                for file in inside.iterdir():
+                    file.rename(target / file.name)
+                inside.rmdir()
+            self.scorer.base.tokenizer.save_pretrained(target)
+            write_facts(target, {**self.facts, **more})
+
+        write_folder(folder, write)
+
+    def merge(self) -> None:
+        """Take the active adapter into copies of the base's weights: one product a layer, until `unmerge`.
+
+        Raises:
+            AdapterError: a method that cannot be merged, or a quantised base.
+        """
+        self._check_unmerged()
+        check_mergeable(self.peft_model, self.path)
+        if self.facts.get("quantize", "none") != "none":
+            raise AdapterError(f"{self.path}: its base is held in fewer bits; trimtab merge takes it in full precision")
+        try:
+            for layer in self.peft_model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    self._undo.append(merge_layer(layer))
+        except AdapterError:
+            self.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Give the base its very weights back, to the bit."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _check_unmerged(self) -> None:
+        if self._undo:
+            raise AdapterError(f"{self.active!r} is merged into the base; unmerge it first")
 
     def _check_loaded(self, names: Sequence[str]) -> None:
         for name in names:
@@ -170,7 +219,7 @@ class LoadedAdapter:
         self,
         weights: Mapping[str, float],
         name: str,
-        combination_type: CombinationType = "linear",
+        combination_type: str = "linear",
         density: float | None = None,
     ) -> None:
         """Add an adapter that is a weighted combination of loaded ones, which say the same labels.
@@ -184,6 +233,7 @@ class LoadedAdapter:
         Raises:
             AdapterError: other labels, a method without combinations, or settings that do not fit.
         """
+        self._check_unmerged()
         check_name(name, self.names)
         self._check_loaded(list(weights))
         parts = [self.known[part] for part in weights]
@@ -193,7 +243,7 @@ class LoadedAdapter:
             raise AdapterError(f"{', '.join(weights)} say other labels or do other tasks, so they cannot be combined")
         if not hasattr(self.peft_model.base_model, "add_weighted_adapter"):
             raise AdapterError(f"{self.path}: peft combines LoRA adapters; this one is {self.peft_model.peft_type}")
-        facts = {key: value for key, value in parts[0].facts.items() if key not in ("files", "seed")}
+        facts = {key: value for key, value in parts[0].facts.items() if key not in ("files", "seed", "score")}
         facts["combined"] = {"weights": dict(weights), "combination_type": combination_type, "density": density}
         try:
             combine(self.peft_model, weights, name, combination_type, density, parts[0].classes)
@@ -332,6 +382,7 @@ class LoadedAdapter:
         """
         if self.is_whole_model:
             raise AdapterError(f"{self.path} is a whole model, without a base to go back to")
+        self._check_unmerged()
         with self.peft_model.disable_adapter():
             yield
 

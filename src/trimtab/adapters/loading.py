@@ -15,7 +15,7 @@ from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import WholeModel
 from trimtab.models import load_base
 from trimtab.progress import Progress, Silent
-from trimtab.sources import ModelSource
+from trimtab.sources import ModelSource, locate_adapter
 from trimtab.study_config import Quantize
 from trimtab.tasks import get_task
 
@@ -31,7 +31,7 @@ def load_adapter(
     """Load an adapter folder and the base that it was trained on, as a stranger would.
 
     Args:
-        path: a folder that Trimtab saved, or any of peft's.
+        path: a folder that Trimtab saved, or any of peft's; or a Hub id, owner/name or owner/name@revision.
         base: where the base is, if not where it was: a folder, a Hub id, or starter:NAME.
         name: what the adapter is called, where others join it.
         quantize: hold the base in 8 or 4 bits; as it was trained, if missing.
@@ -40,7 +40,7 @@ def load_adapter(
         AdapterError: damaged or strange files; nothing was loaded.
         SourceError: the base cannot be had, or is another one.
     """
-    folder, listener = Path(path).expanduser(), progress or Silent()
+    folder, listener = locate_adapter(path), progress or Silent()
     check_name(name, ())
     facts = check_folder(folder)
     source: ModelSource

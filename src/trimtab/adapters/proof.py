@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from trimtab.adapters.files import write_facts
 from trimtab.adapters.loading import load_adapter
 from trimtab.adapters.samples import sample_answers, write_samples
 from trimtab.adapters.saving import save_logits
@@ -73,6 +74,9 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
         in_training_precision=other,
     )
     save_logits(trial.logits, scores.outputs)
+    metric = predictions.primary_metric
+    score = {"metric": metric, "value": compute_metrics(predictions)[metric], "test_rows": len(rows)}
+    write_facts(trial.adapter, {**adapter.facts, "score": score})
     if isinstance(scorer.task, CausalLM):
         write_jsonl(trial.samples, write_samples(adapter, rows, encoded, progress))
     elif isinstance(predictions, TextPredictions):

@@ -10,9 +10,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.adapters.files import hash_files
+from trimtab.adapters.files import write_facts
+from trimtab.machine import package_versions
 from trimtab.models import BaseModel
-from trimtab.runs import TrialFolder, write_file, write_folder, write_json
+from trimtab.runs import TrialFolder, write_file, write_folder
 
 
 def save_start(peft_model: Any, target: Path) -> None:
@@ -39,7 +40,7 @@ def save_adapter(peft_model: Any, base: BaseModel, trial: TrialFolder, facts: di
     def write(folder: Path) -> None:
         write_weights(peft_model, base.new_modules, folder, trial.start if trial.start.is_dir() else None)
         base.tokenizer.save_pretrained(folder)
-        write_json(trial.facts_in(folder), facts | {"files": hash_files(folder)})
+        write_facts(folder, facts | {"versions": package_versions()})
 
     write_folder(trial.adapter, write)
     return sum(path.stat().st_size for path in trial.adapter.glob("*.safetensors"))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType, PromptLearningConfig
@@ -26,12 +26,10 @@ from trimtab.tasks.examples import Example
 from trimtab.tasks.heads import backbone_of, logits_from_pooled
 
 # What peft's `add_weighted_adapter` offers.
-CombinationType = Literal[
-    "linear", "svd", "cat", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
-    "magnitude_prune", "magnitude_prune_svd",
-]  # fmt: skip
-# Those that leave parts of each adapter out, and need to be told how much they keep.
-_PRUNING = [kind for kind in get_args(CombinationType) if kind not in ("linear", "svd", "cat")]
+_WHOLE = ("linear", "svd", "cat")
+# These leave parts of each adapter out, and need to be told how much they keep.
+_PRUNING = ("ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune",
+            "magnitude_prune_svd")  # fmt: skip
 
 
 def wrapped_heads(peft_model: Any) -> list[ModulesToSaveWrapper]:
@@ -171,7 +169,7 @@ def _layers_of(model: Any) -> Iterator[nn.Module]:
 
 
 def combine(
-    peft_model: Any, weights: Mapping[str, float], name: str, kind: CombinationType, density: float | None, classes: int
+    peft_model: Any, weights: Mapping[str, float], name: str, kind: str, density: float | None, classes: int
 ) -> None:
     """Add an adapter `name` made of others, as peft's `add_weighted_adapter` does; heads become their weighted mean.
 
@@ -182,8 +180,8 @@ def combine(
     Raises:
         AdapterError: adapters that cannot be combined so, with peft's reason.
     """
-    if kind not in get_args(CombinationType):
-        known = get_args(CombinationType)
+    known = (*_WHOLE, *_PRUNING)
+    if kind not in known:
         raise AdapterError(f"no combination type {kind!r}{suggest(kind, known)}; one of: {', '.join(known)}")
     if kind in _PRUNING and density is None:
         raise AdapterError(f"{kind} keeps a part of each adapter; say how much: density, such as 0.5")

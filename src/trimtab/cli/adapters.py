@@ -13,7 +13,7 @@ from trimtab.cli.application import AsJson, Quiet, app
 
 @app.command()
 def predict(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, or a Hub id.")],
     source: Annotated[
         str, typer.Option("--input", help="Rows as for training, without labels; - for standard input.")
     ] = "-",
@@ -60,7 +60,9 @@ def predict(
 
 @app.command()
 def generate(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder of a language model.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter folder of a language model, or a Hub id.")
+    ],
     prompt: Annotated[list[str] | None, typer.Option(help="A text to go on from; repeat the flag for several.")] = None,
     source: Annotated[
         str | None, typer.Option("--input", help="Prompts as rows of a file, or - for standard input.")
@@ -121,6 +123,9 @@ def merge(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the merged weights.")
     ] = "float32",
+    output_format: Annotated[
+        Literal["transformers", "gguf"], typer.Option("--format", help="gguf: a file for llama.cpp (extra gguf).")
+    ] = "transformers",
     force: Annotated[bool, typer.Option("--force", help="Write it even if its outputs differ.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -132,6 +137,7 @@ def merge(
     \b
     Example:
       trimtab merge runs/my-run/trials/lora-s0/adapter --out merged
+      trimtab merge runs/tales --out for-llama-cpp --format gguf
     """
     from dataclasses import asdict
 
@@ -143,8 +149,83 @@ def merge(
     quiet_libraries()
     set_threads()
     with make_progress(quiet) as progress:
-        found = merge_adapter(adapter, out, dtype, force=force, progress=progress)
+        found = merge_adapter(adapter, out, dtype, output_format=output_format, force=force, progress=progress)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
         show_merge(found, out)
+
+
+@app.command()
+def push(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Let only the owner see a new repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, and send nothing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put an adapter on the Hub, with its model card, once its files have been checked.
+
+    \b
+    Example:
+      trimtab push runs/my-run/trials/lora-s0/adapter me/film-reviews --dry-run
+    """
+    from dataclasses import asdict
+
+    from trimtab.console import make_progress, show_push
+    from trimtab.publishing import push_adapter
+
+    with make_progress(quiet) as progress:
+        done = push_adapter(adapter, repository, private=private, dry_run=dry_run, message=message, progress=progress)
+    if as_json:
+        print(json.dumps(asdict(done), indent=1))
+    else:
+        show_push(done)
+
+
+@app.command()
+def combine(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER=WEIGHT...", help="Adapters of one base, each with its weight."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the combined adapter.")],
+    combination_type: Annotated[
+        str, typer.Option(help="As peft names them: linear, svd, cat, ties, dare_linear, dare_ties, magnitude_prune…")
+    ] = "linear",
+    density: Annotated[
+        float | None, typer.Option(help="Share of each adapter that is kept: for ties, dare and magnitude_prune.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make one LoRA adapter of several by weight, and score it beside them on the first one's test rows.
+
+    \b
+    Example:
+      trimtab combine runs/a/trials/lora-s0/adapter=0.5 runs/b/trials/lora-s0/adapter=0.5 --out both
+    """
+    from trimtab.combining import combine_adapters
+    from trimtab.console import make_progress, show_two
+    from trimtab.errors import InputError
+    from trimtab.machine import set_threads
+    from trimtab.models import quiet_libraries
+
+    weights: dict[Path, float] = {}
+    for given in adapters:
+        folder, _, weight = given.rpartition("=")
+        try:
+            weights[Path(folder).expanduser()] = float(weight)
+        except ValueError as error:
+            raise InputError(f"{given!r} is no adapter with a weight; write FOLDER=0.5") from error
+    quiet_libraries()
+    set_threads()
+    with make_progress(quiet) as progress:
+        found = combine_adapters(weights, out, combination_type, density, progress=progress)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show_two(found)
+        print(f"combined adapter: {out}")

@@ -222,9 +222,10 @@ def _read_saved_dataset(path: Path) -> dict[str, Table]:
 def _read_hub(source: str) -> dict[str, Table]:
     import datasets
 
-    name, _, config = source.partition(":")
+    named, _, revision = source.partition("@")
+    name, _, config = named.partition(":")
     try:
-        loaded = datasets.load_dataset(name, config or None)
+        loaded = datasets.load_dataset(name, config or None, revision=revision or None)
     except Exception as error:  # the builders raise many kinds; each becomes one clear line
         reason = "HF_HUB_OFFLINE is set" if offline() else str(error).strip().splitlines()[0]
         raise SourceError(

@@ -101,17 +101,28 @@ def compare_two(
     metric = metric or first.primary_metric
     if metric not in first.metrics:
         raise DataError(f"these predictions have no {metric}; they have: {', '.join(first.metrics)}")
-    predictions = {names[0]: first, names[1]: second}
+    return compare_with({names[0]: first, names[1]: second}, names[1], metric)
+
+
+def compare_with(predictions: Mapping[str, Predictions], system: str, metric: str | None = None) -> dict[str, Any]:
+    """One system against each of the others on one metric (the task's own, if None), with the metrics of all.
+
+    Raises:
+        DataError: not the same rows.
+    """
+    mine = predictions[system]
+    for name, other in predictions.items():
+        check_same_rows(other, mine, (name, system))
     resampled = bootstrap_metrics(predictions)
+    metric, rows = metric or mine.primary_metric, len(mine.ids)
+    others = (name for name in predictions if name != system)
     return {
         "version": 1,
         "primary_metric": metric,
-        "systems": [
-            {"name": name, "metrics": metric_intervals(one, resampled[name], len(one.ids))}
-            for name, one in predictions.items()
-        ],
-        "contrasts": settle([contrast(names[1], names[0], metric, predictions, resampled, len(first.ids))]),
-    }
+        "systems": [{"name": name, "metrics": metric_intervals(one, resampled[name], rows)}
+                    for name, one in predictions.items()],
+        "contrasts": settle([contrast(system, name, metric, predictions, resampled, rows) for name in others]),
+    }  # fmt: skip
 
 
 def compare_systems(

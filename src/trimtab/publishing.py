@@ -1,0 +1,87 @@
+"""An adapter folder on the Hub: checked, with its model card, as one commit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from trimtab.adapters.files import check_folder
+from trimtab.errors import AdapterError, SourceError
+from trimtab.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Push:
+    """What is, or would be, on the Hub: bytes by file; `url` is that of the commit, None where nothing was sent."""
+
+    repository: str
+    files: dict[str, int]
+    url: str | None
+
+
+def push_adapter(
+    adapter: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    progress: Progress | None = None,
+) -> Push:
+    """Upload an adapter folder to the Hub, whose repository is made where there is none.
+
+    Args:
+        repository: owner/name.
+        private: who may see a new repository; one that is there stays as it is.
+        dry_run: check all, and send nothing.
+
+    Raises:
+        AdapterError: a damaged folder, or one without a model card that the Hub can read.
+        SourceError: the Hub refuses, or cannot be reached.
+    """
+    listener = progress or Silent()
+    check_folder(adapter)
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise SourceError(f"{repository!r} is no name on the Hub ({error}); give owner/name") from error
+    if "/" not in repository:
+        raise SourceError(f"{repository!r} names no owner; give owner/name")
+    _check_card(adapter)
+    files = {path.name: path.stat().st_size for path in sorted(adapter.iterdir()) if path.is_file()}
+    if dry_run:
+        return Push(repository, files, None)
+    listener.stage(f"Sending {len(files)} files to {repository}")
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=adapter,
+            allow_patterns=list(files),
+            commit_message=message or "Adapter from Trimtab",
+        )
+    except OfflineModeIsEnabled as error:
+        raise SourceError("HF_HUB_OFFLINE is set, so nothing can be sent; unset it, or try --dry-run") from error
+    except HfHubHTTPError as error:
+        first = str(error).strip().splitlines()[0]
+        hint = "" if os.environ.get("HF_TOKEN") else "; log in with `hf auth login`, or set HF_TOKEN"
+        raise SourceError(f"{repository} cannot be written on the Hub: {first}{hint}") from error
+    except OSError as error:
+        raise SourceError(f"the Hub cannot be reached: {str(error).splitlines()[0]}; nothing was sent") from error
+    return Push(repository, files, str(done.commit_url))
+
+
+def _check_card(adapter: Path) -> None:
+    card = adapter / "README.md"
+    if not card.is_file():
+        raise AdapterError(f"{adapter} has no model card (README.md); trimtab report RUN writes it")
+    try:
+        ModelCard.load(card)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{card}: its metadata cannot be read ({str(error).splitlines()[0]}); mend it") from error
