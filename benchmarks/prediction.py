@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -24,8 +25,10 @@ from transformers import pipeline
 
 import trimtab
 from trimtab.data import prepare_data
+from trimtab.engine.frozen import NumberFormat
 from trimtab.machine import describe_machine, package_versions, set_threads
 from trimtab.models import quiet_libraries
+from trimtab.precision import use_float32
 from trimtab.prediction import predict_records
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder
@@ -34,6 +37,8 @@ from trimtab.study_config import build_study
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "prediction.json", HERE.parent / "docs" / "prediction.md"
 ROWS, TURN_ROWS, TURNS = 100_000, 3_000, 5
+_TITLES = {"trimtab": "`trimtab predict`", "trimtab-int8": "`trimtab predict --precision int8`",
+           "pipeline": "`pipeline(batch_size=32)` of the merged model"}  # fmt: skip
 STUDY = {"model": "starter:minilm-l6", "train_data": "starter:rotten-tomatoes", "max_train_rows": 1200}
 
 
@@ -41,21 +46,29 @@ def measure_rates(adapter: Path, merged: Path, texts: list[str]) -> dict[str, An
     """Rows a second of both, in turn, in one process."""
     loaded = trimtab.load_adapter(adapter)
     piped = pipeline("text-classification", model=str(merged), batch_size=32, device=-1)
-    seconds: dict[str, list[float]] = {"trimtab": [], "pipeline": []}
+
+    def predict(precision: NumberFormat) -> list[str]:
+        records = (({"text": text}, number) for number, text in enumerate(texts))
+        return [record["prediction"] for record in predict_records(loaded, records, "texts", precision=precision)]
+
+    runs: dict[str, Callable[[], list[str]]] = {
+        "trimtab": lambda: predict("float32"),
+        "trimtab-int8": lambda: predict("int8"),
+        "pipeline": lambda: [found["label"] for found in piped(texts)],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     said: dict[str, list[str]] = {}
     for turn in range(TURNS + 1):
-        started = time.perf_counter()
-        records = (({"text": text}, number) for number, text in enumerate(texts))
-        said["trimtab"] = [record["prediction"] for record in predict_records(loaded, records, "texts")]
-        middle = time.perf_counter()
-        said["pipeline"] = [found["label"] for found in piped(texts)]
-        if turn:  # the first one warms up
-            seconds["trimtab"].append(middle - started)
-            seconds["pipeline"].append(time.perf_counter() - middle)
+        for name, run in runs.items():
+            use_float32(loaded.scorer.choice.forward)
+            started = time.perf_counter()
+            said[name] = run()
+            if turn:  # the first one warms up
+                seconds[name].append(time.perf_counter() - started)
     rates = {name: len(texts) / median(values) for name, values in seconds.items()}
-    differing = sum(ours != theirs for ours, theirs in zip(said["trimtab"], said["pipeline"], strict=True))
-    return {"seconds": seconds, "rows_per_second": rates, "ratio": rates["trimtab"] / rates["pipeline"],
-            "rows_with_another_label": differing}  # fmt: skip
+    differing = {name: sum(ours != theirs for ours, theirs in zip(labels, said["pipeline"], strict=True))
+                 for name, labels in said.items()}  # fmt: skip
+    return {"seconds": seconds, "rows_per_second": rates, "rows_with_another_label": differing}
 
 
 def measure_memory(adapter: Path, texts: list[str], work: Path) -> dict[str, Any]:
@@ -105,6 +118,11 @@ def measure_memory(adapter: Path, texts: list[str], work: Path) -> dict[str, Any
 def write_page(found: dict[str, Any]) -> None:
     rates, memory = found["rates"]["rows_per_second"], found["memory"]
     tenths = memory["mebibytes_at_each_tenth"]
+    table = "\n".join(
+        f"| {_TITLES[name]} | {rate:,.0f} | {rate / rates['pipeline']:.2f} "
+        f"| {found['rates']['rows_with_another_label'][name]} of {TURN_ROWS:,} |"
+        for name, rate in rates.items()
+    )
     PAGE.write_text(
         f"""# Prediction
 
@@ -115,13 +133,9 @@ the merged model, in turn, {TURNS} turns of {TURN_ROWS:,} rows each.
 python benchmarks/prediction.py
 ```
 
-| | rows a second |
-| --- | --: |
-| `trimtab predict` | {rates["trimtab"]:,.0f} |
-| `pipeline(batch_size=32)` | {rates["pipeline"]:,.0f} |
-| ratio | {found["rates"]["ratio"]:.1f} |
-
-Labels that differ: {found["rates"]["rows_with_another_label"]} of {TURN_ROWS:,}.
+| | rows a second | times the pipeline | labels that differ |
+| --- | --: | --: | --: |
+{table}
 
 {memory["rows"]:,} rows through the command took {memory["seconds"]:,.0f} s from its start to its end; its memory was
 {tenths[0]:,.0f} MiB after a tenth of that time, {tenths[4]:,.0f} at the half, {tenths[-1]:,.0f} at nine tenths.

@@ -137,6 +137,6 @@ def test_what_gguf_cannot_hold_is_told_before_weights_are_read(finished, tmp_pat
         merge_adapter(finished.path, tmp_path / "gguf", output_format="gguf")
     tales = write_tales(tmp_path / "tales.jsonl")
     tune(tmp_path, model_folder("llama", "AutoModelForCausalLM"), task="causal_lm", train_data=str(tales))
-    with pytest.raises(MergeError, match="llama.cpp cannot convert this model to GGUF: "):  # a tokenizer of words
+    with pytest.raises(MergeError, match=r"llama\.cpp cannot convert this model to GGUF: "):  # a tokenizer of words
         merge_adapter(tmp_path / "run", tmp_path / "gguf", output_format="gguf")
     assert not (tmp_path / "gguf").exists()

@@ -73,7 +73,7 @@ def use_precision(
             errors = lower_linears(forward.model, precision, run)
     torch.set_rng_state(random_state)
     kept = sum(not error.is_within_bounds for error in errors)
-    what = "training" if training else "features"
+    what = "training" if training else "scoring"
     if errors:
         count = f"{len(errors) - kept} of {len(errors)} groups of layers"
         progress.note(f"{what} in {precision}: {count}; {kept} stay in float32")

@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 from trimtab.adapters import LoadedAdapter
 from trimtab.data.reading import stream_file
+from trimtab.engine.frozen import NumberFormat
 from trimtab.errors import DataError, StudyError
 from trimtab.evaluation.unlabelled import Record, row_without_label, text_in
 from trimtab.generation import Sampling
@@ -32,6 +33,7 @@ def predict_records(
     *,
     text_column: str | None = None,
     text_pair_column: str | None = None,
+    precision: NumberFormat = "float32",
     progress: Progress | None = None,
 ) -> Iterator[Record]:
     """Each record with what the adapter says of it: `prediction`, and `probabilities` where it has some.
@@ -40,6 +42,7 @@ def predict_records(
         records: cells by column, and the line that they came from.
         source: what errors call them.
         text_column, text_pair_column: found by name, and as the adapter was trained, if missing.
+        precision: of the frozen layers; in int8 those compute whose error on the first rows is within bounds.
 
     Raises:
         DataError: a record without a text (with its line).
@@ -55,6 +58,8 @@ def predict_records(
             row_without_label(task.name, record, f"{source}:{line}", text_column, text_pair_column)
             for record, line in chunk
         ]
+        if not done and precision != "float32":
+            adapter.compute_in(precision, rows, listener)
         for (record, _), said in zip(chunk, adapter.predict_rows(rows), strict=True):
             yield record | said
         done += len(chunk)
@@ -147,7 +152,8 @@ def _write_jsonl(records: Iterable[Record], file: IO[str]) -> int:
     for record in records:
         count += 1
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush() if file is sys.stdout else None
+        if file is sys.stdout:
+            file.flush()
     return count
 
 

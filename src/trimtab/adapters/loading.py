@@ -6,8 +6,9 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from trimtab.adapters.adapter_set import KnownAdapter
 from trimtab.adapters.files import check_folder, is_whole_model
-from trimtab.adapters.loaded import KnownAdapter, LoadedAdapter
+from trimtab.adapters.loaded import LoadedAdapter
 from trimtab.adapters.origin import guess_facts, locate_base
 from trimtab.adapters.switching import check_name, check_weights
 from trimtab.engine.prepare import prepare_adapted

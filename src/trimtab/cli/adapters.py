@@ -27,6 +27,9 @@ def predict(
     used: Annotated[
         Literal["tuned", "none"], typer.Option("--adapter", help="none: the base alone, whose head has learnt nothing.")
     ] = "tuned",
+    precision: Annotated[
+        Literal["float32", "int8"], typer.Option(help="Of the frozen layers: int8 is faster, and differs a little.")
+    ] = "float32",
     quiet: Quiet = False,
 ) -> None:
     """Say what a tuned adapter makes of new rows: labels with probabilities, numbers, tags, or texts.
@@ -52,7 +55,7 @@ def predict(
         loaded = load_adapter(adapter, base, progress=progress)
         records = predict_records(
             loaded, read_records(source), source, text_column=text_column, text_pair_column=text_pair_column,
-            progress=progress,
+            precision=precision, progress=progress,
         )  # fmt: skip
         with loaded.disabled() if used == "none" else nullcontext():
             write_records(records, out, output_format)
