@@ -17,7 +17,7 @@ def test_the_adapters_page_runs_from_top_to_bottom(tmp_path, model_folder, monke
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "adapters.md").read_text(), re.DOTALL)
     assert len(blocks) >= 8
     names = {}
-    for block in blocks:
-        exec(compile(block, "docs/adapters.md", "exec"), names)
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/adapters.md, block {number}", "exec"), names)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    assert names["by_trimtab"]["tales"] != names["by_trimtab"]["base"]
+    assert names["found"].max_abs_difference <= 1e-4

@@ -7,13 +7,16 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from samples import run_trimtab
+from samples import run_here, run_trimtab, write_tales
 from trimtab.data.reading import read_source
 from trimtab.errors import SourceError
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder
+from trimtab.sources import locate_model
 from trimtab.starters import STARTERS, fetch_starter
+from trimtab.study_config import build_study
 
 
 class Listener(Silent):
@@ -115,14 +118,27 @@ def test_real_models_on_real_data_and_stock_peft(tmp_path, model, data):
     assert predicted == expected
 
 
-def test_real_tales_run_in_llama_cpp(tmp_path):
-    """SmolLM2 with a language adapter, merged, converted, and asked for the next tokens by llama.cpp itself."""
-    run = tmp_path / "run"
-    done = run_trimtab("run", "--task=causal_lm", "--train-data=starter:grimm-tales", "--max-train-rows=2",
-                       "--max-validation-rows=1", "--max-test-rows=1", "--max-length-tokens=64", "--num-train-epochs=1",
-                       f"--out={run}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    merged = run_trimtab("merge", run, "--out", tmp_path / "gguf", "--format", "gguf", "--json")
+def test_a_tuned_model_runs_in_llama_cpp(tmp_path):
+    """A small Llama with SmolLM2's own tokenizer: merged, converted, and asked for the next tokens by llama.cpp itself."""
+    tokenizer = AutoTokenizer.from_pretrained(locate_model("starter:smollm2-135m", Silent()).location)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=2)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.2)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run_here(build_study({"model": str(tmp_path / "base"), "task": "causal_lm", "num_train_epochs": 1,
+                          "train_data": str(write_tales(tmp_path / "tales.jsonl", 40)), "max_length_tokens": 64,
+                          "learning_rate": 0.01, "out": str(tmp_path / "run")}))  # fmt: skip
+    merged = run_trimtab("merge", tmp_path / "run", "--out", tmp_path / "gguf", "--format", "gguf", "--json")
     assert merged.returncode == 0, merged.stderr
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["merge.json", "model.gguf"]
     assert 0 < json.loads(merged.stdout)["llama_cpp_difference"] <= 1e-2
+    narrow = run_trimtab(
+        "merge", tmp_path / "run", "--out", tmp_path / "half", "--format", "gguf", "--dtype", "float16"
+    )
+    assert "llama.cpp gives log-probabilities within" in narrow.stdout, narrow.stderr

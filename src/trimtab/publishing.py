@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -83,5 +84,5 @@ def _check_card(adapter: Path) -> None:
         raise AdapterError(f"{adapter} has no model card (README.md); trimtab report RUN writes it")
     try:
         ModelCard.load(card)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise AdapterError(f"{card}: its metadata cannot be read ({str(error).splitlines()[0]}); mend it") from error

@@ -171,7 +171,7 @@ def fingerprint_model(source: ModelSource) -> str:
              for path, stat in zip(files, stamps, strict=True)]  # fmt: skip
     place = hashlib.sha256(str([path.resolve() for path in files]).encode()).hexdigest()[:32]
     kept = cache_folder() / "fingerprints" / f"{place}.json"
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, TrimtabError, KeyError, TypeError):
         known = read_json(kept)
         if known["stamp"] == stamp:
             return str(known["sha256"])

@@ -239,6 +239,12 @@ def test_combinations_are_pefts_with_the_mean_head(model_folder, tmp_path, kind,
     assert loaded.facts.get("combined") is None
     loaded.switch("both")
     assert loaded.facts["combined"]["combination_type"] == kind
+    with torch.no_grad():
+        stock.set_adapter("both")
+        stock.get_base_model().score.weight.copy_(heads["both"])
+        tokenizer = AutoTokenizer.from_pretrained(model_folder("llama"))
+        wanted = stock.eval()(**tokenizer(TEXTS[:1], return_tensors="pt")).logits.softmax(-1)[0]
+    assert list(loaded.predict(TEXTS[:1])[0]["probabilities"].values()) == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
 def test_prompts_for_different_adapters_are_continued_in_one_batch(model_folder, tmp_path):

@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from trimtab.errors import AdapterError, suggest
+from trimtab.errors import AdapterError, DataError, suggest
 from trimtab.runs import TrialFolder, read_json, write_json
 
 # A folder that holds every weight of a model instead of an adapter.
@@ -53,7 +53,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = read_json(file)
         known = {name: value for name, value in facts.items() if name != "sha256"}
-    except (ValueError, AttributeError) as error:
+    except (DataError, ValueError, AttributeError) as error:
         raise AdapterError(f"{file} is not valid JSON ({error}); copy the folder again") from error
     if facts.get("sha256") != _hash_facts(known):
         raise AdapterError(f"{file} is not what was saved (another SHA-256); copy the folder again")

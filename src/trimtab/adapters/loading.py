@@ -10,7 +10,7 @@ from trimtab.adapters.adapter_set import KnownAdapter
 from trimtab.adapters.files import check_folder, is_whole_model
 from trimtab.adapters.loaded import LoadedAdapter
 from trimtab.adapters.origin import guess_facts, locate_base
-from trimtab.adapters.switching import check_name, check_weights
+from trimtab.adapters.switching import check_name, check_weights, weights_that_fit
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import WholeModel
@@ -57,7 +57,8 @@ def load_adapter(
     known = KnownAdapter(folder, facts, task, scorer.max_length_tokens)
     if is_whole_model(folder):
         return LoadedAdapter(name, known, scorer, WholeModel(model.model).eval())
-    peft_model = PeftModel.from_pretrained(model.model, str(folder), adapter_name=name)
+    with weights_that_fit(folder):
+        peft_model = PeftModel.from_pretrained(model.model, str(folder), adapter_name=name)
     check_weights(peft_model, folder, name)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
     peft_model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType, PromptLearningConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -65,13 +65,27 @@ def attach(peft_model: Any, folder: Path, name: str, classes: int) -> None:
             "one method: load it by itself"
         )
     thaw_linears(peft_model)
-    with _heads_of(peft_model, classes):
-        peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
     try:
+        with _heads_of(peft_model, classes), weights_that_fit(folder):
+            peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
         check_weights(peft_model, folder, name)
     except AdapterError:
-        peft_model.delete_adapter(name)
+        if name in peft_model.peft_config:
+            peft_model.delete_adapter(name)
         raise
+
+
+@contextmanager
+def weights_that_fit(folder: Path) -> Iterator[None]:
+    """Within, peft reads an adapter; tensors that are missing or of another shape become one clear error."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()
+        raise AdapterError(
+            f"{folder / SAFETENSORS_WEIGHTS_NAME} lacks what {CONFIG_NAME} tells of, or has it in another shape "
+            f"({' '.join(line.strip() for line in first[:2])}); copy the folder again"
+        ) from error
 
 
 def check_weights(peft_model: Any, folder: Path, name: str) -> None:
@@ -200,6 +214,9 @@ def combine(
         if name in peft_model.peft_config:
             peft_model.delete_adapter(name)
         raise AdapterError(f"these adapters cannot be combined by {kind}: {error}") from error
+    for key, parameter in peft_model.named_parameters():
+        if f".{name}." in key:  # singular vectors lie by columns, where compiled kernels read by rows
+            parameter.data = parameter.data.contiguous()
     with _heads_of(peft_model, classes):
         for wrapper in wrapped_heads(peft_model):
             wrapper.update(name)

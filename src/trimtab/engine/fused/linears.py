@@ -226,6 +226,7 @@ def _adapter_of(layer: Any, name: str, start: int, stop: int) -> Adapter | None:
         lora_b.bias is not None
         or type(dropout) not in (nn.Dropout, nn.Identity)
         or lora_a.weight.dtype != torch.float32
+        or not (lora_a.weight.is_contiguous() and lora_b.weight.is_contiguous())
     ):
         raise NotPlainError
     if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
