@@ -29,11 +29,12 @@ _FORMATS = {
     "LoRA, bitsandbytes 8 bits": ["--quantize=8bit"],
     "LoRA, bitsandbytes 4 bits": ["--quantize=4bit"],
 }
+_FEWER = ["--max-train-rows=2000", "--max-validation-rows=300", "--max-test-rows=800"]
 STUDIES = _FORMATS | {
     "prefix tuning": ["--method=prefix_tuning"],
     "LoRA, tales": ["--task=causal_lm", "--train-data=starter:grimm-tales", "--max-train-rows=16", "--precision=auto"],
-    "LoRA, MiniLM, Reuters": ["--model=starter:minilm-l6", "--train-data=starter:reuters-r8"],
-    "full, MiniLM, film reviews": ["--model=starter:minilm-l6", "--method=full"],
+    "LoRA, MiniLM, Reuters": ["--model=starter:minilm-l6", "--train-data=starter:reuters-r8", *_FEWER],
+    "full, MiniLM, film reviews": ["--model=starter:minilm-l6", "--method=full", *_FEWER],
 }
 
 

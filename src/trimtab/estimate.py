@@ -24,6 +24,7 @@ from trimtab.methods import WholeModel, check_method, get_method, learning_rate_
 from trimtab.methods.targets import find_layers, is_linear
 from trimtab.models import build_without_weights, find_new_modules, load_tokenizer
 from trimtab.tasks.heads import backbone_of
+from trimtab.tasks.token_loss import CHUNK_POSITIONS
 
 # Rows of each split whose lengths stand for all.
 _SAMPLED_ROWS = 500
@@ -37,6 +38,8 @@ _UNPACK_SECONDS = {"none": 0.0, "8bit": 7e-9, "4bit": 7e-9}
 _SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 3.5}
 # How much more transformers' and peft's own layers keep of a token than fused ones.
 _KEPT = {"fused": 1.0, "packed": 2.7, "padded": 2.0}
+# Chunks of logits that the allocator comes to hold for a language model, among other sizes (SmolLM2 on tales).
+_LOGIT_BUFFERS = 12
 # Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
 _START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 7.0, 6e-9, 4.0
 # Bytes a parameter of the layers' linears; 4 bits with their scales.
@@ -157,7 +160,7 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str) -
     per_token = 4 * kept * sizes.trained_layers * _KEPT[forward]
     copies = 4 * sizes.linear if forward == "fused" else 0  # given back before other layers train
     weights = 4 * (total - sizes.linear) + _BYTES[study.quantize] * sizes.linear
-    vocabulary = 2 * 4 * 256 * sizes.vocabulary if not job.task.has_probe else 0
+    vocabulary = 4 * _LOGIT_BUFFERS * CHUNK_POSITIONS * sizes.vocabulary if not job.task.has_probe else 0
     return {
         "libraries and data": int(psutil.Process().memory_info().rss),
         "base weights": int(weights),
@@ -178,14 +181,17 @@ def _seconds(
     units = sizes.layers * sizes.hidden * _RATED_GFLOPS / real
     scoring_path = "fused" if has_stack else "packed"
 
+    # A language model's head is multiplied in float32, once to score and once more for its gradient.
+    readout = 0.0 if job.task.has_probe else 2e-9 * sizes.vocabulary * sizes.hidden / real
+
     def score(rate: float, path: str) -> float:
         """Seconds a token."""
-        products = 2e-9 * sizes.linear / rate + unpack / SCORING_TOKENS_PER_BATCH
+        products = 2e-9 * sizes.linear / rate + unpack / SCORING_TOKENS_PER_BATCH + readout
         return products + _SCORE_OVERHEAD * units * _SLOWER[path]
 
     backward = sizes.trained_layers / sizes.layers
     products = 2e-9 * sizes.linear / whole + unpack / study.tokens_per_batch
-    step = products * (1 + backward) + _TRAIN_OVERHEAD * units * _SLOWER[forward]
+    step = products * (1 + backward) + 2 * readout + _TRAIN_OVERHEAD * units * _SLOWER[forward]
     validations = study.num_train_epochs * study.evaluations_per_epoch + 1
     rest = tokens["train"] + tokens["validation"]
     load = _LOAD_SECONDS_PER_BYTE * 4 * total
