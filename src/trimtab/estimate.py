@@ -41,9 +41,11 @@ _KEPT = {"fused": 1.0, "packed": 2.7, "padded": 2.0}
 # Chunks of logits that the allocator comes to hold for a language model, among other sizes (SmolLM2 on tales).
 _LOGIT_BUFFERS = 12
 # Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
-_START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 7.0, 6e-9, 4.0
+_START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 9.0, 6e-9, 4.0
 # Bytes a parameter of the layers' linears; 4 bits with their scales.
 _BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}
+# Seconds and bytes of TF-IDF with its regression, a training token and a column: words and pairs, at several strengths.
+_TEXT_SECONDS, _TEXT_BYTES = 2e-5, 200
 # The interval that time is given with.
 _FACTOR = 1.5
 
@@ -98,7 +100,7 @@ def estimate_job(job: Job) -> Estimate:
         for split in ("train", "validation", "test")
     }
     adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model))
-    memory = _memory(job, sizes, trainable, total, forward)
+    memory = _memory(job, sizes, trainable, total, forward, tokens["train"])
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
     return Estimate(
@@ -152,7 +154,7 @@ def _count_tokens(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, len
     return round(encoded.tokens * len(rows) / len(sample))
 
 
-def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str) -> dict[str, int]:
+def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, train_tokens: int) -> dict[str, int]:
     study = job.study
     tokens = study.tokens_per_batch // study.gradient_accumulation_steps + virtual_tokens_of(study) * 16
     # What a layer keeps of a token for its backward, in floats.
@@ -161,13 +163,23 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str) -
     copies = 4 * sizes.linear if forward == "fused" else 0  # given back before other layers train
     weights = 4 * (total - sizes.linear) + _BYTES[study.quantize] * sizes.linear
     vocabulary = 4 * _LOGIT_BUFFERS * CHUNK_POSITIONS * sizes.vocabulary if not job.task.has_probe else 0
+    vectors = _TEXT_BYTES * train_tokens * _text_columns(job)
     return {
         "libraries and data": int(psutil.Process().memory_info().rss),
+        "text baseline": int(vectors),
         "base weights": int(weights),
         "weights laid out for the kernels": int(copies),
         "gradients, moments and best adapter": 16 * trainable,
         "activations": int(per_token * tokens + vocabulary),
     }
+
+
+def _text_columns(job: Job) -> int:
+    """Columns that a model of the words is fitted to; none where no such model is a baseline."""
+    if job.task.name not in ("classification", "multilabel", "regression"):
+        return 0
+    labels = len(job.data.label_names)
+    return 1 if labels <= 2 and job.task.name != "multilabel" else labels
 
 
 def _seconds(
@@ -191,7 +203,9 @@ def _seconds(
 
     backward = sizes.trained_layers / sizes.layers
     products = 2e-9 * sizes.linear / whole + unpack / study.tokens_per_batch
-    step = products * (1 + backward) + 2 * readout + _TRAIN_OVERHEAD * units * _SLOWER[forward]
+    # A weight that is trained takes a product more, for its own gradient.
+    products_a_step = 1 + backward * (2 if study.method == "full" else 1)
+    step = products * products_a_step + 2 * readout + _TRAIN_OVERHEAD * units * _SLOWER[forward]
     validations = study.num_train_epochs * study.evaluations_per_epoch + 1
     rest = tokens["train"] + tokens["validation"]
     load = _LOAD_SECONDS_PER_BYTE * 4 * total
@@ -203,6 +217,7 @@ def _seconds(
     scored = 1 if study.precision == "float32" else 2  # after its reload, in the training precision, too
     return {
         "load base": load,
+        "text baselines": _TEXT_SECONDS * tokens["train"] * _text_columns(job),
         "base and baselines": tokens["test"] * score(real, scoring_path)
         + (rest * score(whole, scoring_path) if job.task.has_probe else 0.0) + fit,
         "tune": again + trained + tokens["test"] * score(real, forward),
