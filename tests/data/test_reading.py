@@ -40,7 +40,7 @@ JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
         ("a.tsv", as_csv("\t")),
         ("a.jsonl", JSONL),
         ("bom.csv", b"\xef\xbb\xbf" + as_csv(",")),
-        ("a.csv.gz", gzip.compress(as_csv(",", mtime=0))),
+        ("a.csv.gz", gzip.compress(as_csv(","), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(JSONL)),
         ("a.jsonl.xz", lzma.compress(JSONL)),
         ("a.jsonl.zst", pa.compress(JSONL, codec="zstd", asbytes=True)),
