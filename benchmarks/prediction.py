@@ -36,7 +36,7 @@ from trimtab.study_config import build_study
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "prediction.json", HERE.parent / "docs" / "prediction.md"
-ROWS, TURN_ROWS, TURNS = 100_000, 3_000, 5
+ROWS, TURN_ROWS, TURNS = 100_000, 2_000, 3
 _TITLES = {"trimtab": "`trimtab predict`", "trimtab-int8": "`trimtab predict --precision int8`",
            "pipeline": "`pipeline(batch_size=32)` of the merged model"}  # fmt: skip
 STUDY = {"model": "starter:minilm-l6", "train_data": "starter:rotten-tomatoes", "max_train_rows": 1200}
