@@ -129,7 +129,8 @@ def build_tiny_model(task: Task, family: str, seed: int = 0) -> Any:
     name, sizes = FAMILIES[family]
     config = getattr(transformers, name)(**sizes)
     if not has_model_for(config, task.auto_class):
-        raise ValueError(f"{family} has no model for {task.name}")
+        only = " (an encoder with decoder: seq2seq only)" if config.is_encoder_decoder else ""
+        raise ValueError(f"{family} has no model for {task.name} here{only}")
     torch.manual_seed(seed)
     config.num_labels = 1 if task.name == "regression" else 3
     return getattr(transformers, task.auto_class).from_config(config).requires_grad_(False).eval()

@@ -26,7 +26,7 @@ from trimtab.engine.frozen import NumberFormat, set_adapter_training, trainable_
 from trimtab.engine.fused import native
 from trimtab.engine.fused.prefix_cache import CacheInUseError, PrefixCache, make_room
 from trimtab.engine.loop import Ending, LoopSettings, make_state, train
-from trimtab.engine.memory import keep_freed_memory
+from trimtab.engine.memory import give_back_freed_memory, keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.engine.state import TrainingState
 from trimtab.errors import StorageError, TrainingError
@@ -83,7 +83,8 @@ def tune(
     errors = use_precision(
         precision, scorer.task, scorer.choice.forward, scorer.first_batch(data.train), progress, training=True
     )
-    keep_freed_memory()  # now that what training does not need has been given back
+    give_back_freed_memory()  # what scoring and measuring left
+    keep_freed_memory()
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
     use_float32(scorer.choice.forward)

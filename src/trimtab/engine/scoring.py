@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.forward import HeadFeatures
+from trimtab.engine.memory import keep_freed_memory
 from trimtab.progress import Progress, Silent
 
 # Scoring needs no room for gradients: larger batches, sorted by length.
@@ -42,6 +43,7 @@ def score_rows(
 ) -> Scores:
     """Run `compute`, which gives [positions, columns], over every example of `collator`."""
     listener = progress or Silent()
+    keep_freed_memory()
     batches = collator.plan(tokens_per_batch, None)
     total = sum(map(len, collator.examples))
     outputs: list[Tensor] = []
