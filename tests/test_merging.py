@@ -1,6 +1,7 @@
 """Merged models: equal to base and adapter, plain to transformers, and not written where they are not."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,10 @@ import trimtab
 from samples import run_here, run_trimtab, write_reviews, write_tales
 from trimtab import merging
 from trimtab.adapters.files import write_facts
-from trimtab.errors import AdapterError, InputError, MergeError, SourceError, StudyError
+from trimtab.errors import AdapterError, DataError, InputError, MergeError, SourceError, StudyError
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.merging import merge_adapter
-from trimtab.runs import RunFolder, read_jsonl
+from trimtab.runs import RunFolder, read_json, read_jsonl
 from trimtab.study_config import build_study
 
 PLAIN = """
@@ -72,6 +73,31 @@ def test_the_base_was_changed_by_it(finished, tmp_path, model_folder):
             assert not torch.equal(merged.get_tensor(name), base.get_tensor(name.removeprefix(prefix)))
 
 
+def test_an_adapter_outside_of_a_run_is_merged_on_given_rows(finished, tmp_path, model_folder):
+    """One that was moved, and the same as stock peft would have saved it, whose base is named anew."""
+    moved, data = tmp_path / "moved", write_reviews(tmp_path / "new.csv", 40, seed=5)
+    shutil.copytree(finished.trial("lora", 0).adapter, moved)
+    with pytest.raises(
+        InputError, match="lies in no run folder, whose test rows are needed; give rows with labels: --d"
+    ):
+        merge_adapter(moved, tmp_path / "merged")
+    done = run_trimtab("merge", moved, "--out", tmp_path / "merged", "--data", data, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["rows"], told["metric"]) == (40, "accuracy")
+    assert told["max_abs_difference"] <= 1e-4
+    assert told["trained"] == read_json(finished.trial("lora", 0).metrics)["metrics"]["accuracy"]
+    for name in ("trimtab.json", "README.md"):
+        (moved / name).unlink()
+    write_reviews(data, 40, seed=5, labels=("1", "0"))
+    stock = merge_adapter(moved, tmp_path / "stock", base=str(model_folder("llama")), data=str(data))
+    assert stock.max_abs_difference <= 1e-4
+    assert stock.trained is None
+    write_reviews(data, 40, labels=("good", "strange"))
+    with pytest.raises(DataError, match="strange"):
+        merge_adapter(finished.path, tmp_path / "other", data=str(data))
+
+
 def test_another_dtype_is_written_within_its_bound(finished, tmp_path, monkeypatch):
     adapter = finished.trial("lora", 0).adapter
     found = merge_adapter(adapter, tmp_path / "half", "bfloat16")
@@ -120,7 +146,7 @@ def test_a_whole_model_needs_no_merge(tmp_path, model_folder):
 
 
 def test_places_without_an_adapter_and_other_bases_are_refused(finished, tmp_path, model_folder):
-    with pytest.raises(InputError, match="is no adapter in a run folder"):
+    with pytest.raises(AdapterError, match=r"holds no adapter_model\.safetensors, so it is no adapter"):
         merge_adapter(tmp_path, tmp_path / "merged")
     trial = finished.trial("lora", 0)
     facts = json.loads(trial.facts_in(trial.adapter).read_text())

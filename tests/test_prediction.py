@@ -53,6 +53,31 @@ def test_a_file_is_predicted_as_the_run_did(finished, rows, tmp_path):
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
 
 
+def test_columns_are_those_that_it_was_trained_on(tmp_path, model_folder):
+    """A second text is never left out without a word, and no other column is taken for the text."""
+    lines = [line.split(",") for line in write_reviews(tmp_path / "r.csv", 60).read_text().splitlines()[1:]]
+    rows = [
+        {"title": "x", "premise": " ".join(cells[:-1]), "hypothesis": "good", "label": cells[-1]} for cells in lines
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_here(build_study(
+        {"model": str(model_folder("bert")), "train_data": str(tmp_path / "pairs.jsonl"), "text_column": "premise",
+         "text_pair_column": "hypothesis", "max_length_tokens": 32, "out": str(tmp_path / "run")}
+    ))  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    loaded, wanted = (
+        trimtab.load_adapter(run.trial("lora", 0).adapter),
+        list(read_jsonl(run.trial("lora", 0).predictions)),
+    )
+    records = [
+        {"title": "y", "premise": row["text"], "hypothesis": row["text_pair"]} for row in read_jsonl(run.test_rows)
+    ]
+    for ours, theirs in zip(predict_records(loaded, ((record, 1) for record in records), "rows"), wanted, strict=True):
+        assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+    with pytest.raises(DataError, match="rows:1: no column 'hypothesis'; its columns are: premise"):
+        list(predict_records(loaded, [({"premise": "a joy"}, 1)], "rows"))
+
+
 def test_standard_input_and_output(finished):
     command = [sys.executable, "-m", "trimtab", "predict", str(finished.trial("lora", 0).adapter), "--quiet"]
     done = subprocess.run(command, input="a joy to watch\n\na dull mess\n", capture_output=True, text=True, check=True)
@@ -110,7 +135,7 @@ def test_tables_have_a_column_for_each_probability(loaded, rows, tmp_path):
     [
         ({"text": ""}, None, r"rows:7: no text in column 'text' \(found ''\)"),
         ({"text": "a joy"}, "txt", r"rows:7: no column 'txt'; did you mean 'text'\?"),
-        ({"number": 3}, None, r"rows:7: no column looks like a text \(number\)"),
+        ({"number": 3}, None, r"rows:7: no column 'text'; its columns are: number"),
     ],
 )
 def test_bad_rows_are_told_with_their_line_and_leave_no_file(loaded, tmp_path, record, column, message):

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from peft import PeftModel
 
 from trimtab.adapters.files import check_folder, is_whole_model
+from trimtab.adapters.judging import find_test_rows
+from trimtab.adapters.loading import read_adapter
 from trimtab.adapters.merged import check_mergeable, is_narrow, widen_weights, write_merged
-from trimtab.adapters.origin import locate_base
-from trimtab.data import Row, read_rows
+from trimtab.adapters.origin import find_base
+from trimtab.data import Row
 from trimtab.engine.forward import stock_forward
 from trimtab.errors import InputError, MergeError
 from trimtab.evaluation.evaluate import Scorer, predict_outputs
@@ -33,9 +34,8 @@ from trimtab.exporting import (
 from trimtab.generation import Sampling, write_answers
 from trimtab.models import BaseModel, load_base
 from trimtab.progress import Progress, Silent
-from trimtab.runs import RunFolder, TrialFolder, read_json, write_folder, write_json
-from trimtab.sources import ModelSource, weight_files
-from trimtab.study_config import StudyConfig, build_study, read_study_file
+from trimtab.runs import RunFolder, write_folder, write_json
+from trimtab.sources import ModelSource, fingerprint_model, locate_adapter, weight_files
 from trimtab.tasks import Task, get_task
 from trimtab.tasks.preference import Preference
 
@@ -77,6 +77,8 @@ def merge_adapter(
     out: str | Path,
     dtype: MergeDtype = "float32",
     *,
+    base: str | None = None,
+    data: str | None = None,
     output_format: MergeFormat = "transformers",
     force: bool = False,
     progress: Progress | None = None,
@@ -84,36 +86,38 @@ def merge_adapter(
     """Write base and adapter as one model to `out`, with tokenizer and label names; plain transformers reads it.
 
     Args:
-        adapter: the adapter folder of a trial in a run folder, whose test rows the models are compared on.
+        adapter: an adapter folder, a Hub id, or a run folder with one trial.
+        base: where the base is, if not where it was.
+        data: rows with labels that the models are compared on; if missing, the test rows of the adapter's run.
         output_format: a folder of transformers, or one with a GGUF file for llama.cpp.
         force: write it even where outputs differ by more than the dtype's bound.
 
     Raises:
-        InputError: no adapter of a run, another base, a method that cannot be merged, or `out` is taken.
+        InputError: no adapter, no rows, another base, a method that cannot be merged, or `out` is taken.
         MergeError: the merged model differs by more than the bound; nothing was written.
     """
     listener = progress or Silent()
-    adapter, out = Path(adapter).expanduser(), Path(out).expanduser()
-    trial, run = _find_trial(adapter)
+    out, folder = Path(out).expanduser(), _find_adapter(adapter)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; give another --out")
-    study = build_study(read_study_file(run.study))
-    facts = check_folder(trial.adapter)
-    if is_whole_model(trial.adapter):
-        raise InputError(f"{trial.adapter} holds a whole model, which needs no merge: transformers loads it as it is")
+    facts = check_folder(folder)
+    if is_whole_model(folder):
+        raise InputError(f"{folder} holds a whole model, which needs no merge: transformers loads it as it is")
+    source, facts = find_base(folder, facts, base, listener)
     if output_format == "gguf":
-        check_gguf(study.task)
-    work = _Work(trial, study, facts, read_rows(run.test_rows)[:_COMPARED_ROWS], dtype, force, listener)
-    source = locate_base(trial.adapter, facts, None, listener)
+        check_gguf(facts["task"])
+    rows = find_test_rows(folder, facts, data, listener)[:_COMPARED_ROWS]
+    work = _Work(folder, facts, rows, dtype, force, listener)
     found: Merge | None = None
 
     def write(folder: Path) -> None:
         nonlocal found
-        base, outputs, before = work.write(source, folder)
-        found = work.compare(folder, base, outputs, before)
+        model, outputs, before = work.write(source, folder)
+        found = work.compare(folder, model, outputs, before)
         if output_format == "gguf":
-            found = replace(found, llama_cpp_difference=work.export_gguf(folder, base))
-        write_json(folder / "merge.json", {"base": facts["base"], "base_sha256": facts["base_sha256"]} | asdict(found))
+            found = replace(found, llama_cpp_difference=work.export_gguf(folder, model))
+        known = {"base": facts["base"], "base_sha256": fingerprint_model(source)}
+        write_json(folder / "merge.json", known | asdict(found))
 
     write_folder(out, write)
     assert found is not None
@@ -124,8 +128,7 @@ def merge_adapter(
 class _Work:
     """One merge: what it is of, and how it is judged."""
 
-    trial: TrialFolder
-    study: StudyConfig
+    adapter: Path
     facts: dict[str, Any]
     rows: list[Row]
     dtype: MergeDtype
@@ -134,16 +137,16 @@ class _Work:
 
     @property
     def task(self) -> Task:
-        return get_task(self.study.task)
+        return get_task(self.facts["task"], self.facts.get("beta", 0.1))
 
     def write(self, source: ModelSource, folder: Path) -> tuple[BaseModel, torch.Tensor, dict[str, float]]:
         """Fill `folder` with the merged model; returns the base, and outputs and metric of base and adapter."""
-        path = self.trial.adapter
-        self.progress.stage(f"Loading {source.name} and {self.trial.name}")
+        path = self.adapter
+        self.progress.stage(f"Loading {source.name} and {path}")
         with _mapped(source, folder.parent) as mapped:
             head = self.task.head_settings(self.facts["label_names"])
-            base = load_base(mapped, self.task.auto_class, head, self.study.seed)
-            peft_model = PeftModel.from_pretrained(base.model, str(path)).eval()
+            base = load_base(mapped, self.task.auto_class, head, self.facts.get("seed", 0))
+            peft_model = read_adapter(base.model, path)
             check_mergeable(peft_model, path)
             self.progress.stage("Scoring test rows with the adapter")
             outputs, before = self._score(base)
@@ -162,14 +165,15 @@ class _Work:
         base.model = load_merged(folder, self.task, self.dtype)
         merged_outputs, after = self._score(base)
         # A preference is told by rewards where the base stands beside it, and by log-probabilities here.
-        scored = {} if isinstance(self.task, Preference) else read_json(self.trial.metrics)["metrics"]
+        score = {} if isinstance(self.task, Preference) else self.facts.get("score", {})
         metric, value = next(iter(before.items()))
+        trained = score["value"] if score.get("metric") == metric else None
         difference, bound = float((merged_outputs - outputs).abs().max()), BOUNDS[self.dtype]
-        found = Merge(self.dtype, difference, bound, len(self.rows), metric, value, after[metric], scored.get(metric),
-                      self.study.quantize)  # fmt: skip
+        found = Merge(self.dtype, difference, bound, len(self.rows), metric, value, after[metric], trained,
+                      self.facts.get("quantize", "none"))  # fmt: skip
         if not (found.is_equal or self.force):
             raise MergeError(
-                f"{self.trial.adapter} merged in {self.dtype} is another model: outputs differ by up to "
+                f"{self.adapter} merged in {self.dtype} is another model: outputs differ by up to "
                 f"{difference:.2e} (at most {bound:g}), {metric} {value:.4f} before and {after[metric]:.4f} after, on "
                 f"{len(self.rows)} test rows; nothing was kept: try --dtype float32, or --force"
             )
@@ -205,25 +209,22 @@ class _Work:
         encoded = scorer.encode(self.rows)
         outputs, written = scorer.score(encoded, self.progress).outputs, None
         if task.writes_answers:
-            sampling = Sampling(facts["max_new_tokens"])
+            sampling = Sampling(facts.get("max_new_tokens", scorer.max_length_tokens))
             written = write_answers(base.model, base.tokenizer, encoded.examples, sampling, self.progress)
         predictions = predict_outputs(task, self.rows, encoded, facts["label_names"], outputs, written)
         return outputs, {predictions.primary_metric: compute_metrics(predictions)[predictions.primary_metric]}
 
 
-def _find_trial(adapter: Path) -> tuple[TrialFolder, RunFolder]:
-    """The trial of an adapter folder; a run folder with one trial names it as well."""
-    run = RunFolder(adapter)
-    if run.study.is_file():
-        trials = run.trials()
-        if len(trials) != 1:
-            named = ", ".join(str(trial.adapter) for trial in trials) or "none"
-            raise InputError(f"{adapter} holds {len(trials)} adapters ({named}); name the one to merge")
-        return trials[0], run
-    trial, run = TrialFolder(adapter.absolute().parent), RunFolder(adapter.absolute().parent.parent.parent)
-    if trial.adapter != adapter.absolute() or not trial.facts_in(adapter).is_file() or not run.test_rows.is_file():
-        raise InputError(f"{adapter} is no adapter in a run folder; give RUN/trials/METHOD-sSEED/adapter, or RUN")
-    return trial, run
+def _find_adapter(given: str | Path) -> Path:
+    """An adapter folder, here or on the Hub; a run folder with one trial names it as well."""
+    run = RunFolder(Path(given).expanduser())
+    if not run.study.is_file():
+        return locate_adapter(given)
+    trials = run.trials()
+    if len(trials) != 1:
+        named = ", ".join(str(trial.adapter) for trial in trials) or "none"
+        raise InputError(f"{given} holds {len(trials)} adapters ({named}); name the one to merge")
+    return trials[0].adapter
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def predict_records(
     Args:
         records: cells by column, and the line that they came from.
         source: what errors call them.
-        text_column, text_pair_column: found by name, and as the adapter was trained, if missing.
+        text_column, text_pair_column: if missing, those that the adapter was trained on; else found by name.
         precision: of the frozen layers; in int8 those compute whose error on the first rows is within bounds.
 
     Raises:
@@ -52,11 +52,14 @@ def predict_records(
     if not adapter.predicts:
         raise StudyError(f"{adapter.path} is a {task.name} adapter, which writes texts: try `trimtab generate`")
     listener, done = progress or Silent(), 0
+    columns = adapter.facts.get("columns", {})
+    pair_column = text_pair_column or columns.get("text_pair")
     stream = iter(records)
     while chunk := list(itertools.islice(stream, ROWS_AT_ONCE)):
+        if text_column is None and columns.get("text") in chunk[0][0]:
+            text_column = columns["text"]
         rows = [
-            row_without_label(task.name, record, f"{source}:{line}", text_column, text_pair_column)
-            for record, line in chunk
+            row_without_label(task.name, record, f"{source}:{line}", text_column, pair_column) for record, line in chunk
         ]
         if not done and precision != "float32":
             adapter.compute_in(precision, rows, listener)

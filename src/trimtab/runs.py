@@ -36,6 +36,14 @@ class RunFolder:
         self.report_html = path / "report.html"
         self.report_markdown = path / "report.md"
 
+    @classmethod
+    def around(cls, adapter: Path) -> RunFolder | None:
+        """The run that an adapter folder is a trial of; None where it lies in none."""
+        place = adapter.absolute()
+        run = cls(place.parent.parent.parent)
+        is_trial = run.study.is_file() and TrialFolder(run.path / "trials" / place.parent.name).adapter == place
+        return run if is_trial else None
+
     def baseline(self, system: str) -> SystemFolder:
         return SystemFolder(self.path / "baselines" / system)
 

@@ -155,6 +155,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
             "beta": job.study.beta,
             "virtual_tokens": reserved,
             "is_chat": job.data.columns.messages is not None,
+            "columns": {what: name for what, name in job.data.columns.named.items() if name is not None},
         }
     encoded = encode_splits(job, scorer)
     if job.task.writes_answers:

@@ -1,6 +1,7 @@
 """Preference: rows, DPO's loss beside trl's, and a run that learns which answers are wanted."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapted_models import enliven
 from samples import run_here
+from trimtab.combining import combine_adapters
 from trimtab.data import Row, prepare_data
 from trimtab.engine.batches import Collator, TrainingPlan
 from trimtab.engine.forward import PaddedForward, choose_forward, use_stock_attention
@@ -221,6 +223,16 @@ def test_a_run_learns_what_is_preferred(finished):
     assert systems["answer-length"]["metrics"]["loss"]["value"] is None
     assert {contrast["test"] for contrast in comparison["contrasts"]} == {"mcnemar_exact"}
     assert comparison["reload"]["passed"]
+
+
+def test_combinations_are_scored_beside_the_base(finished, tmp_path):
+    run, comparison = finished
+    adapter, other = run.trial("lora", 0).adapter, tmp_path / "other"
+    shutil.copytree(adapter, other)
+    found = combine_adapters({adapter: 0.5, other: 0.5}, tmp_path / "both", "svd")
+    trained = next(system["metrics"] for system in comparison["systems"] if system["name"] == "lora-s0")
+    for system in found["systems"]:
+        assert system["metrics"]["loss"]["value"] == pytest.approx(trained["loss"]["value"], abs=1e-4)
 
 
 def test_its_predictions_and_samples_are_in_the_report(finished):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
 from samples import run_trimtab, save_small_t5, write_reversals, write_reviews
+from trimtab.combining import combine_adapters
 from trimtab.data import Row, prepare_data
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import EncoderDecoderForward, PaddedForward, choose_forward
@@ -262,6 +264,18 @@ def test_stock_peft_writes_the_same(counting_on):
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=facts["max_new_tokens"], do_sample=False)
     assert tokenizer.batch_decode(written, skip_special_tokens=True) == found.written
+
+
+def test_combinations_write_answers_too(counting_on, tmp_path):
+    run, comparison = counting_on
+    adapter, other = run.trial("lora", 0).adapter, tmp_path / "other"
+    shutil.copytree(adapter, other)
+    lines = [{"source": row["text"], "target": row["completion"]} for row in read_jsonl(run.test_rows)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = combine_adapters({adapter: 1.0, other: 0.0}, tmp_path / "both", "linear", data=str(rows))
+    assert [system["name"] for system in found["systems"]][-1] == "combined"
+    assert found["systems"][0]["metrics"]["exact_match"]["value"] == metric(comparison, "lora-s0")
 
 
 def test_virtual_tokens_stand_before_a_source_while_it_is_answered(t5, tmp_path):

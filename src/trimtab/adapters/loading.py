@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
 from trimtab.adapters.adapter_set import KnownAdapter
 from trimtab.adapters.files import check_folder, is_whole_model
 from trimtab.adapters.loaded import LoadedAdapter
-from trimtab.adapters.origin import guess_facts, locate_base
+from trimtab.adapters.origin import find_base
 from trimtab.adapters.switching import check_name, check_weights, weights_that_fit
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import WholeModel
 from trimtab.models import load_base
 from trimtab.progress import Progress, Silent
-from trimtab.sources import ModelSource, locate_adapter
+from trimtab.sources import locate_adapter
 from trimtab.study_config import Quantize
 from trimtab.tasks import get_task
 
@@ -43,12 +44,7 @@ def load_adapter(
     """
     folder, listener = locate_adapter(path), progress or Silent()
     check_name(name, ())
-    facts = check_folder(folder)
-    source: ModelSource
-    if facts:
-        source = locate_base(folder, facts, base, listener)
-    else:
-        source, facts = guess_facts(folder, base, listener)
+    source, facts = find_base(folder, check_folder(folder), base, listener)
     task = get_task(facts["task"], facts.get("beta", 0.1))
     head = task.head_settings(facts["label_names"])
     bits = "none" if is_whole_model(folder) else quantize or facts.get("quantize", "none")
@@ -57,9 +53,18 @@ def load_adapter(
     known = KnownAdapter(folder, facts, task, scorer.max_length_tokens)
     if is_whole_model(folder):
         return LoadedAdapter(name, known, scorer, WholeModel(model.model).eval())
-    with weights_that_fit(folder):
-        peft_model = PeftModel.from_pretrained(model.model, str(folder), adapter_name=name)
-    check_weights(peft_model, folder, name)
+    peft_model = read_adapter(model.model, folder, name)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
-    peft_model.eval()
     return LoadedAdapter(name, known, scorer, peft_model)
+
+
+def read_adapter(model: Any, folder: Path, name: str = "default") -> PeftModel:
+    """`model` with the adapter of a folder around it, ready to score.
+
+    Raises:
+        AdapterError: weights are missing, left over, or of another shape.
+    """
+    with weights_that_fit(folder):
+        peft_model: PeftModel = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    check_weights(peft_model, folder, name)
+    return peft_model.eval()

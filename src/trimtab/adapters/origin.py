@@ -42,6 +42,15 @@ def locate_base(folder: Path, facts: Mapping[str, Any], base: str | None, progre
     return source
 
 
+def find_base(
+    folder: Path, facts: dict[str, Any], base: str | None, progress: Progress
+) -> tuple[ModelSource, dict[str, Any]]:
+    """Where an adapter's base is, and what is known of the adapter: guessed where `facts` are empty."""
+    if not facts:
+        return guess_facts(folder, base, progress)
+    return locate_base(folder, facts, base, progress), facts
+
+
 def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[ModelSource, dict[str, Any]]:
     """What peft's own files tell of an adapter that another program saved; says what cannot be checked."""
     if is_whole_model(folder):

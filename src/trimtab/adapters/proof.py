@@ -11,18 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab.adapters.files import write_facts
+from trimtab.adapters.judging import judge
 from trimtab.adapters.loading import load_adapter
 from trimtab.adapters.samples import sample_answers, write_samples
 from trimtab.adapters.saving import save_logits
 from trimtab.data import Row, read_rows
-from trimtab.engine.scoring import Scores
 from trimtab.errors import ReloadError
-from trimtab.evaluation.evaluate import Scorer, predict_outputs, record_system, scoring_cost
+from trimtab.evaluation.evaluate import Scorer, record_system, scoring_cost
 from trimtab.evaluation.prediction_files import read_predictions
-from trimtab.evaluation.predictions import Predictions, compute_metrics
+from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.evaluation.text_predictions import TextPredictions
-from trimtab.generation import Sampling, write_answers
 from trimtab.precision import use_float32, use_trained_precision
 from trimtab.progress import Progress
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_json, write_jsonl
@@ -45,20 +44,11 @@ def evaluate_trial(run: RunFolder, trial: TrialFolder, progress: Progress) -> No
     encoded = _encode(run, scorer, rows)
     training = read_json(trial.training)
 
-    def predict() -> tuple[Scores, Predictions]:
-        scores, written = scorer.score(encoded, progress), None
-        if scorer.task.writes_answers:
-            most = adapter.facts["max_new_tokens"]
-            written = write_answers(
-                adapter.peft_model, scorer.base.tokenizer, encoded.examples, Sampling(most), progress
-            )
-        return scores, predict_outputs(scorer.task, rows, encoded, adapter.label_names, scores.outputs, written)
-
-    scores, predictions = predict()
+    scores, predictions = judge(adapter, rows, encoded, progress)
     other: dict[str, Any] = {}
     if use_trained_precision(scorer.choice.forward, training):
         progress.stage(f"Scoring {trial.name} in {training['precision']}, as it was trained")
-        trained, trained_predictions = predict()
+        trained, trained_predictions = judge(adapter, rows, encoded, progress)
         other = {"precision": training["precision"],
                  "metrics": compute_metrics(trained_predictions),
                  "max_abs_logit_difference": float((trained.outputs - scores.outputs).abs().max())}  # fmt: skip

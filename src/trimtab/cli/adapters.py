@@ -10,6 +10,8 @@ import typer
 
 from trimtab.cli.application import AsJson, Quiet, app
 
+_DATA = "Rows with labels, as for training, to compare on; if missing, the test rows of the (first) adapter's run."
+
 
 @app.command()
 def predict(
@@ -121,8 +123,10 @@ def generate(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder of a run, or the run itself.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, a Hub id, or a run with one.")],
     out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the merged weights.")
     ] = "float32",
@@ -133,7 +137,7 @@ def merge(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write base and adapter as one plain transformers model, after comparing both on the run's test rows.
+    """Write base and adapter as one plain transformers model, after comparing both on test rows.
 
     An adapter of a quantised base is merged into the base's weights in full precision.
 
@@ -152,7 +156,9 @@ def merge(
     quiet_libraries()
     set_threads()
     with make_progress(quiet) as progress:
-        found = merge_adapter(adapter, out, dtype, output_format=output_format, force=force, progress=progress)
+        found = merge_adapter(
+            adapter, out, dtype, base=base, data=data, output_format=output_format, force=force, progress=progress
+        )
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
@@ -195,6 +201,7 @@ def combine(
         typer.Argument(metavar="ADAPTER=WEIGHT...", help="Adapters of one base, each with its weight."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the combined adapter.")],
+    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
     combination_type: Annotated[
         str, typer.Option(help="As peft names them: linear, svd, cat, ties, dare_linear, dare_ties, magnitude_prune…")
     ] = "linear",
@@ -204,7 +211,7 @@ def combine(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one LoRA adapter of several by weight, and score it beside them on the first one's test rows.
+    """Make one LoRA adapter of several by weight, and score it beside them on test rows.
 
     \b
     Example:
@@ -226,7 +233,7 @@ def combine(
     quiet_libraries()
     set_threads()
     with make_progress(quiet) as progress:
-        found = combine_adapters(weights, out, combination_type, density, progress=progress)
+        found = combine_adapters(weights, out, combination_type, density, data=data, progress=progress)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -1,6 +1,6 @@
 """Rows in, checked and fingerprinted splits out."""
 
-from trimtab.data.prepare import PreparedData, prepare_data
+from trimtab.data.prepare import PreparedData, prepare_data, read_labelled
 from trimtab.data.rows import Row, read_rows, write_rows
 
-__all__ = ["PreparedData", "Row", "prepare_data", "read_rows", "write_rows"]
+__all__ = ["PreparedData", "Row", "prepare_data", "read_labelled", "read_rows", "write_rows"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +117,26 @@ def prepare_data(study: StudyConfig, progress: Progress) -> PreparedData:
     )
     _describe(prepared, progress)
     return prepared
+
+
+def read_labelled(
+    source: str, task: str, label_names: list[str], named: Mapping[str, str], progress: Progress
+) -> list[Row]:
+    """The test rows of `source`, or all of them where it has no such split, for a task whose labels are known.
+
+    Args:
+        named: columns as they were named before; those that `source` does not have are found by name.
+
+    Raises:
+        SourceError: it cannot be had.
+        DataError: malformed, empty, or with labels that are not known.
+    """
+    reader, found = READERS[task], read_source(source, progress)
+    table = found.splits.get("test") or found.splits["train"]
+    starter: Named = {"text": found.starter.text_column, "label": found.starter.label_column} if found.starter else {}
+    known = {what: name for what, name in named.items() if name in table.columns}
+    columns = reader.find_columns(table, {**dict.fromkeys(vars(Columns(""))), **starter, **known}, progress)
+    return reader.rows(table, "test", columns, label_names)
 
 
 def _named(study: StudyConfig, source: Source, reader: Reader) -> Named:
