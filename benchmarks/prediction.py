@@ -1,9 +1,10 @@
-"""`trimtab predict` beside a `pipeline` of the merged model: rows a second, and memory over 100,000 rows.
+"""`trimtab predict` beside a `pipeline` of the merged model: rows a second, and memory over a million rows.
 
-    python benchmarks/prediction.py        about half an hour on two cores
+    python benchmarks/prediction.py        about twenty minutes on two cores
 
 MiniLM with LoRA on film reviews, whose test sentences are repeated to make up the rows. The pipeline pads batches of
-32, as its documentation shows. The million rows are the sentences' first words, through the first layer alone. Writes benchmarks/results/prediction.json and docs/prediction.md.
+32, as its documentation shows. The million rows are the sentences' first words, through the first layer alone.
+Writes benchmarks/results/prediction.json and docs/prediction.md.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def write_page(found: dict[str, Any]) -> None:
         f"| {found['rates']['rows_with_another_label'][name]} of {TURN_ROWS:,} | {accuracy[name]:.1%} |"
         for name, rate in rates.items()
     )
+    limit = found["float32_rate"] * 1e9 / found["operations_per_row"]
     PAGE.write_text(
         f"""# Prediction
 
@@ -149,8 +151,8 @@ python benchmarks/prediction.py
 
 Three times the pipeline is out of reach in float32: a row of {found["tokens_per_row"]:.0f} tokens asks for
 {found["operations_per_row"] / 1e9:.2f} GFLOP in MiniLM's linear layers, so that this machine's matrix products
-({found["float32_rate"]:,.0f} GFLOP/s when nothing else runs) allow {found["float32_rate"] * 1e9 / found["operations_per_row"]:,.0f} rows a
-second before anything else is done, {found["float32_rate"] * 1e9 / found["operations_per_row"] / rates["pipeline"]:.2f} times the pipeline.
+({found["float32_rate"]:,.0f} GFLOP/s when nothing else runs) allow {limit:,.0f} rows a second before anything else is
+done, {limit / rates["pipeline"]:.2f} times the pipeline.
 `--precision int8` has another limit; it is a choice, since labels near the boundary change.
 
 Whole files through the command, from its start to its end, and its memory in MiB after a tenth, a half and nine tenths

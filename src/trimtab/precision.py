@@ -13,6 +13,7 @@ from trimtab.engine.fused import native
 from trimtab.engine.fused.precision import GroupError, quantise_stack
 from trimtab.engine.fused.stack import LayerStack
 from trimtab.engine.lower_precision import linears_by_place, lower_linears, measure_gain
+from trimtab.engine.memory import give_back_freed_memory
 from trimtab.machine import INT8_PAYS
 from trimtab.progress import Progress
 from trimtab.study_config import StudyConfig
@@ -66,7 +67,7 @@ def use_precision(
     random_state = torch.get_rng_state()  # the measurement may not change what training draws
     with torch.set_grad_enabled(training):
         if stack is not None and precision == "int8" and stack.fits():
-            errors = quantise_stack(stack, run)
+            errors = quantise_stack(stack, run, training)
         else:
             if stack is not None and precision != "int8":
                 stack.is_on = False
@@ -91,6 +92,7 @@ def use_float32(forward: Forward) -> None:
             group.use_float32()
     for layer in linears_by_place(forward.model).values():
         layer.compute_in("float32")
+    give_back_freed_memory()  # what the lower precision took, and training
 
 
 def use_trained_precision(forward: Forward, training: dict[str, Any]) -> bool:

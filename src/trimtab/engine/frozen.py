@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from trimtab.engine.fused import native
 from trimtab.engine.fused.formats import Want, Weight, quantise_weight
+from trimtab.engine.memory import give_back_mapped_pages
 
 NumberFormat = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -52,6 +53,8 @@ class FrozenLinear(nn.Module):
         """Multiply in this format from now on; the weight itself stays as it is."""
         self.number_format = number_format
         self._lowered = None if number_format == "float32" else lower_weight(self.by_columns.detach(), number_format)
+        if self._lowered is not None:
+            give_back_mapped_pages(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         if self._lowered is None:
@@ -67,7 +70,7 @@ class FrozenLinear(nn.Module):
 def lower_weight(values: Tensor, number_format: NumberFormat) -> Weight | Tensor:
     """A weight [out, in] as products in `number_format` read it."""
     if number_format == "int8":
-        return Weight(values, int8=quantise_weight(values))
+        return Weight((values,), int8=quantise_weight(values))
     return values.to(getattr(torch, number_format))
 
 

@@ -36,7 +36,7 @@ class Case:
         return logits.detach(), torch.cat(grads)
 
     def quantise(self):
-        return quantise_stack(self.stack, self.results)
+        return quantise_stack(self.stack, self.results, has_backward=True)
 
 
 @pytest.fixture(params=["llama", "bert", "qwen2"])

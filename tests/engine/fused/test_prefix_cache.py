@@ -151,7 +151,7 @@ def test_adapters_below_the_layer_do_without(tiny_model, tmp_path):
 @pytest.mark.parametrize("cached", [True, False])
 def test_int8_starts_at_the_lowest_adapted_layer(case, tmp_path, cached):
     case.stack.cache = open_cache(tmp_path) if cached else None
-    errors = quantise_stack(case.stack, lambda: case.step()[0])
+    errors = quantise_stack(case.stack, lambda: case.step()[0], has_backward=True)
     assert {error.layer for error in errors} == {2, 3}
     assert len({(error.layer, error.group) for error in errors}) == len(errors) == 8
 

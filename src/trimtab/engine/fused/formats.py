@@ -33,9 +33,18 @@ class Want(NamedTuple):
 class Weight(NamedTuple):
     """A frozen weight [columns, inputs], and what the kernels compute from in float32 or in int8."""
 
-    values: Tensor
+    parts: tuple[Tensor, ...]  # the weights of layers that read one input, on top of each other
     tiles: Tensor | None = None  # the values, as [columns / TILE, inputs / TILE, TILE, TILE]
     int8: Int8Weight | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The whole; where there are several parts, a fresh copy."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(map(len, self.parts)), self.parts[0].shape[1]
 
 
 class Int8Weight(NamedTuple):

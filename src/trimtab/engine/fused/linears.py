@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trimtab.engine.fused.formats import Adapter, LowRank, Masks, Rows, Want, Weight, draw_masks, quantise_weight
+from trimtab.engine.memory import give_back_mapped_pages
 from trimtab.engine.mixed import Mix, multiply_chunks
 
 # A module of kernels: `plain` or `native`.
@@ -49,8 +50,7 @@ class NotPlainError(Exception):
 class LinearGroup:
     """y = x W^T + b (+ LoRA): the weights [columns, inputs] of several layers on top of each other.
 
-    The layers are the children `names` of `parent`, looked up again whenever adapters change. Their
-    own weights become views of the group's.
+    The layers are the children `names` of `parent`, looked up again whenever adapters change.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str], kernels: Kernels, name: str | None = None) -> None:
@@ -59,21 +59,16 @@ class LinearGroup:
         bases = [_base_of(getattr(parent, name)) for name in names]
         if len({base.bias is None for base in bases}) > 1:
             raise AttributeError(f"only some of {', '.join(names)} have a bias")
-        weights = [base.weight.detach() for base in bases]
-        values = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.stops = list(accumulate(map(len, weights)))
-        if len(bases) > 1:
-            for base, part in zip(bases, values.split(list(map(len, weights))), strict=True):
-                base.weight = nn.Parameter(part, requires_grad=False)
+        self.weight = Weight(tuple(base.weight.detach() for base in bases))
+        self.stops = list(accumulate(map(len, self.weight.parts)))
         biases = [base.bias for base in bases]
         self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self.weight = Weight(values)
         self.adapters: tuple[Adapter, ...] = ()
         self.mixed: _Mixed | None = None
 
     @property
     def can_quantise(self) -> bool:
-        return not any(side % 4 for side in self.weight.values.shape)
+        return not any(side % 4 for side in self.weight.shape)
 
     def quantise(self) -> None:
         """Compute with int8 from now on: the weight has one scale a column of the product, rows one each.
@@ -81,11 +76,12 @@ class LinearGroup:
         Raises:
             ValueError: the weight's sides cannot be divided by 4.
         """
-        self.weight = Weight(self.weight.values, int8=quantise_weight(self.weight.values))
+        self.weight = Weight(self.weight.parts, int8=quantise_weight(self.weight.values))
+        give_back_mapped_pages(*self.weight.parts)
 
     def use_float32(self) -> None:
         if self.weight.int8 is not None:
-            self.weight = Weight(self.weight.values)
+            self.weight = Weight(self.weight.parts)
 
     def find_adapters(self) -> None:
         """Read the LoRA parts that peft has put around the layers, as they stand.
@@ -95,9 +91,9 @@ class LinearGroup:
         """
         adapters = []
         start = 0
-        for name, stop in zip(self.names, self.stops, strict=True):
+        for name, part, stop in zip(self.names, self.weight.parts, self.stops, strict=True):
             layer = getattr(self.parent, name)
-            if _base_of(layer).weight.data_ptr() != self.weight.values[start:].data_ptr():
+            if _base_of(layer).weight.data_ptr() != part.data_ptr():
                 raise NotPlainError  # someone gave the layer another weight
             adapter = _active_adapter_of(layer, start, stop)
             if adapter is not None:
@@ -148,6 +144,8 @@ class LinearGroup:
         """The product + addend."""
         if self.weight.int8 is None and self.weight.tiles is None:  # not held beside int8
             self.weight = self.weight._replace(tiles=self.kernels.lay_out(self.weight.values))
+            if self.weight.tiles is not None:
+                give_back_mapped_pages(*self.weight.parts)
         if self.mixed is not None:
             return self._forward_mixed(rows, addend, self.mixed), None
         assert rows.values is not None or not self.adapters
@@ -165,7 +163,7 @@ class LinearGroup:
 
     def _adapt(self, values: Tensor) -> Kept:
         masks = draw_masks(self.adapters[0].dropout)
-        low_rank = self.kernels.lora_forward(values, self.adapters, len(self.weight.values), masks)
+        low_rank = self.kernels.lora_forward(values, self.adapters, self.weight.shape[0], masks)
         return Kept(self.adapters, values, low_rank, masks)
 
     def backward(

@@ -179,7 +179,7 @@ def linear_backward(rows: Rows, weight: Weight, addend: Tensor | None = None) ->
 
 
 def _multiply(rows: Rows, weight: Weight, backward: bool, extra: _Extra) -> Tensor:
-    inner, columns = weight.values.shape if backward else weight.values.shape[::-1]
+    inner, columns = weight.shape if backward else weight.shape[::-1]
     if weight.int8 is None:
         assert rows.values is not None
         out = _empty(len(rows.values), columns)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from trimtab.engine.fused.formats import Rows, Want
 from trimtab.engine.fused.linears import LinearGroup
 from trimtab.engine.fused.stack import LayerStack
+from trimtab.engine.memory import give_back_mapped_pages
 
 # Least cosine between what int8 and float32 give, over all elements of a group's product.
 OUTPUT_COSINE = 0.999
@@ -39,72 +40,86 @@ class GroupError(NamedTuple):
         return self.output_cosine >= OUTPUT_COSINE and gradient >= GRADIENT_COSINE
 
 
-class _Seen:
-    """The first rows that enter a group, and of the gradient that comes back, of one pass in float32."""
+class _Measured:
+    """A group in one pass in float32, whose int8 is held against that as soon as all is seen that it computes from."""
 
-    def __init__(self, group: LinearGroup) -> None:
-        self.group = group
-        self.inputs: Tensor | None = None
-        self.gradient: Tensor | None = None
+    def __init__(self, layer: int, group: LinearGroup, has_backward: bool) -> None:
+        self.layer, self.group, self.has_backward = layer, group, has_backward
+        self.error = GroupError(layer, group.name, 0.0, None)
+        self._inputs: Tensor | None = None
         # The instance's methods stand before the class's until `forget`.
         group.forward = self._forward  # type: ignore[method-assign]
         group.backward = self._backward  # type: ignore[method-assign]
 
     def _forward(self, rows: Rows, addend: Tensor | None = None) -> Any:
-        self.inputs = None if rows.values is None else rows.values[:MEASURED_ROWS].clone()
-        return LinearGroup.forward(self.group, rows, addend)
+        self._inputs = None if rows.values is None else rows.values[:MEASURED_ROWS].clone()
+        found = LinearGroup.forward(self.group, rows, addend)
+        if not self.has_backward:
+            self._measure(None)
+        return found
 
     def _backward(self, grad: Rows, kept: Any, needs_input: bool = True, addend: Tensor | None = None) -> Any:
-        self.gradient = grad.values[:MEASURED_ROWS].clone() if needs_input and grad.values is not None else None
-        return LinearGroup.backward(self.group, grad, kept, needs_input, addend)
+        found = LinearGroup.backward(self.group, grad, kept, needs_input, addend)
+        self._measure(grad.values[:MEASURED_ROWS] if needs_input and grad.values is not None else None)
+        return found
+
+    def _measure(self, gradient: Tensor | None) -> None:
+        assert self._inputs is not None
+        group, inputs, self._inputs = self.group, self._inputs, None
+        if not group.can_quantise:
+            return
+        group.quantise()
+        self.error = _error_of(self.layer, group, inputs, gradient)
+        if not self.error.is_within_bounds:
+            group.use_float32()
+
+    def finish(self) -> None:
+        """Measure what had no backward: nothing below it trains."""
+        if self._inputs is not None:
+            self._measure(None)
 
     def forget(self) -> None:
         del self.group.forward, self.group.backward
 
 
-def quantise_stack(stack: LayerStack, run: Callable[[], None]) -> list[GroupError]:
+def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: bool) -> list[GroupError]:
     """Let every group compute in int8 whose error in one pass stays within bounds; returns all errors.
 
     Layers below the lowest adapted one, and below a prefix cache's, stay in float32: they run once for each text.
 
     Args:
         run: one forward through the stack, and one backward where it trains, on a batch of real rows.
+        has_backward: whether there is one.
     """
     for group in stack.groups:
         group.use_float32()
     stack.fits()  # reads the adapters
     lowest = max(stack.trained or 0, stack.cache.layer if stack.cache is not None else 0)
-    places = [
-        (number, group) for number, layer in enumerate(stack.layers) if number >= lowest for group in layer.groups
+    measured = [
+        _Measured(number, group, has_backward)
+        for number, layer in enumerate(stack.layers)
+        if number >= lowest
+        for group in layer.groups
     ]
-    seen = [_Seen(group) for _, group in places]
     try:
         run()
+        for one in measured:
+            one.finish()
     finally:
-        for group_seen in seen:
-            group_seen.forget()
-    errors = []
-    for (number, group), group_seen in zip(places, seen, strict=True):
-        if not group.can_quantise:
-            errors.append(GroupError(number, group.name, 0.0, None))
-            continue
-        group.quantise()
-        errors.append(_measure(number, group, group_seen))
-        if not errors[-1].is_within_bounds:
-            group.use_float32()
-    return errors
+        for one in measured:
+            one.forget()
+    return [one.error for one in measured]
 
 
-def _measure(layer: int, group: LinearGroup, seen: _Seen) -> GroupError:
-    assert seen.inputs is not None
-    weight, kernels = group.weight, group.kernels
-    rows = kernels.rows_of(seen.inputs, Want(False, True))
-    output = cosine(kernels.linear(rows, weight), seen.inputs @ weight.values.t())
-    gradient = None
-    if seen.gradient is not None:
-        rows = kernels.rows_of(seen.gradient, group.wants_gradient._replace(values=False))
-        gradient = cosine(kernels.linear_backward(rows, weight), seen.gradient @ weight.values)
-    return GroupError(layer, group.name, output, gradient)
+def _error_of(layer: int, group: LinearGroup, inputs: Tensor, gradient: Tensor | None) -> GroupError:
+    weight, kernels, values = group.weight, group.kernels, group.weight.values
+    rows = kernels.rows_of(inputs, Want(False, True))
+    output, by_input = cosine(kernels.linear(rows, weight), inputs @ values.t()), None
+    if gradient is not None:
+        rows = kernels.rows_of(gradient, group.wants_gradient._replace(values=False))
+        by_input = cosine(kernels.linear_backward(rows, weight), gradient @ values)
+    give_back_mapped_pages(*weight.parts)
+    return GroupError(layer, group.name, output, by_input)
 
 
 def cosine(ours: Tensor, theirs: Tensor) -> float:
