@@ -6,6 +6,7 @@ known to be held; time follows from this machine's GEMM rates and from constants
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 from peft.utils import get_peft_model_state_dict
 
+from trimtab.adapters.merged import is_narrow
 from trimtab.data import Row
 from trimtab.engine.forward import usable_length
 from trimtab.engine.fused import native
@@ -23,6 +25,8 @@ from trimtab.machine import measure_gemm_rates
 from trimtab.methods import WholeModel, check_method, get_method, learning_rate_of, virtual_tokens_of
 from trimtab.methods.targets import find_layers, is_linear
 from trimtab.models import build_without_weights, find_new_modules, load_tokenizer
+from trimtab.sources import ModelSource, weight_files
+from trimtab.study_config import StudyConfig
 from trimtab.tasks.heads import backbone_of
 from trimtab.tasks.token_loss import CHUNK_POSITIONS
 
@@ -42,6 +46,8 @@ _KEPT = {"fused": 1.0, "packed": 2.7, "padded": 2.0}
 _LOGIT_BUFFERS = 12
 # Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
 _START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 9.0, 6e-9, 4.0
+# Tokens of the batch on which int8 is measured.
+_MEASURED_TOKENS = 256
 # Bytes a parameter of the layers' linears; 4 bits with their scales.
 _BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}
 # Seconds and bytes of TF-IDF with its regression, a training token and a column: words and pairs, at several strengths.
@@ -160,18 +166,37 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
     # What a layer keeps of a token for its backward, in floats.
     kept = 9 * sizes.hidden + 3 * sizes.inner
     per_token = 4 * kept * sizes.trained_layers * _KEPT[forward]
-    copies = 4 * sizes.linear if forward == "fused" else 0  # given back before other layers train
-    weights = 4 * (total - sizes.linear) + _BYTES[study.quantize] * sizes.linear
+    linear = _BYTES[study.quantize] * sizes.linear
+    copies, batch = 0.0, per_token * tokens
+    if forward == "fused":
+        linear, copies = 0.0 if _is_mapped(job.source) else linear, 4.0 * sizes.linear
+        if _computes_in_int8(study):  # measured against float32 on a few rows; then trained without that
+            measured, trained = (copies, per_token * _MEASURED_TOKENS), (2.0 * sizes.linear, batch)
+            copies, batch = max(measured, trained, key=sum)
     vocabulary = 4 * _LOGIT_BUFFERS * CHUNK_POSITIONS * sizes.vocabulary if not job.task.has_probe else 0
     vectors = _TEXT_BYTES * train_tokens * _text_columns(job)
     return {
         "libraries and data": int(psutil.Process().memory_info().rss),
         "text baseline": int(vectors),
-        "base weights": int(weights),
+        "base weights": int(4 * (total - sizes.linear) + linear),
         "weights laid out for the kernels": int(copies),
         "gradients, moments and best adapter": 16 * trainable,
-        "activations": int(per_token * tokens + vocabulary),
+        "activations": int(batch + vocabulary),
     }
+
+
+def _computes_in_int8(study: StudyConfig) -> bool:
+    return study.precision in ("int8", "auto") and study.quantize == "none" and native.has_int8()
+
+
+def _is_mapped(source: ModelSource) -> bool:
+    """Whether weights are mapped from their files, so that pages go back once they are laid out elsewhere."""
+    try:
+        files = weight_files(source)
+    except OSError:  # not fetched yet
+        return False
+    is_plain = bool(files) and all(file.suffix == ".safetensors" for file in files) and not is_narrow(files)
+    return is_plain and sys.platform == "linux"
 
 
 def _text_columns(job: Job) -> int:
@@ -189,7 +214,7 @@ def _seconds(
     unpack = _UNPACK_SECONDS[study.quantize] * sizes.linear
     rates = measure_gemm_rates(("float32", "int8"))
     real = rates["float32"] or 1.0
-    whole = max(real, rates["int8"] or real) if study.precision in ("int8", "auto") and native.has_int8() else real
+    whole = max(real, rates["int8"] or real) if _computes_in_int8(study) else real
     units = sizes.layers * sizes.hidden * _RATED_GFLOPS / real
     scoring_path = "fused" if has_stack else "packed"
 
