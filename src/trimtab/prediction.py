@@ -56,8 +56,7 @@ def predict_records(
     pair_column = text_pair_column or columns.get("text_pair")
     stream = iter(records)
     while chunk := list(itertools.islice(stream, ROWS_AT_ONCE)):
-        if text_column is None and columns.get("text") in chunk[0][0]:
-            text_column = columns["text"]
+        text_column = text_column or _found_in(chunk[0][0], columns.get("text"))
         rows = [
             row_without_label(task.name, record, f"{source}:{line}", text_column, pair_column) for record, line in chunk
         ]
@@ -89,6 +88,7 @@ def generate_records(
     listener, done = progress or Silent(), 0
     stream = iter(records)
     while chunk := list(itertools.islice(stream, _PROMPTS_AT_ONCE)):
+        text_column = text_column or _found_in(chunk[0][0], adapter.facts.get("columns", {}).get("text"))
         prompts = [text_in(record, f"{source}:{line}", text_column) for record, line in chunk]
         tuned = adapter.generate(prompts, sampling, is_chat=is_chat)
         base: list[str] = []
@@ -99,6 +99,10 @@ def generate_records(
             yield record | {"generated": tuned[place]} | ({"base": base[place]} if compare else {})
         done += len(chunk)
         listener.advance(done, done, "prompts")
+
+
+def _found_in(record: Record, column: str | None) -> str | None:
+    return column if column in record else None
 
 
 def read_records(source: str, stdin: IO[str] | None = None) -> Iterator[tuple[Record, int]]:

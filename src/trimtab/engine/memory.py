@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
 from typing import Any
@@ -39,27 +40,41 @@ def give_back_mapped_pages(*tensors: Tensor) -> None:
     touched. A tensor with other pages keeps them all (Linux on CPU; elsewhere nothing happens).
     """
     glibc = _glibc()
-    if glibc is None:
+    if glibc is None or not _tells_written_pages():
         return
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             continue
-        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        pages = (tensor.data_ptr() + tensor.nbytes) // _PAGE - start // _PAGE
-        if pages > 0 and _hold_what_a_file_holds(start // _PAGE, pages):
+        start, pages = _pages_of(tensor)
+        if pages > 0 and not _any_was_written(start // _PAGE, pages):
             glibc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(pages * _PAGE), _DONT_NEED)
 
 
-def _hold_what_a_file_holds(first: int, pages: int) -> bool:
-    """Whether each of these pages lies in a mapped file unchanged, or in no memory at all: see proc_pid_pagemap(5)."""
+@functools.cache
+def _tells_written_pages() -> bool:
+    """Whether the system says of a fresh page that it was written to; a sandbox may say nothing of any."""
+    start, pages = _pages_of(torch.ones(3 * _PAGE, dtype=torch.uint8))
+    return _any_was_written(start // _PAGE, pages)
+
+
+def _pages_of(tensor: Tensor) -> tuple[int, int]:
+    """Where the first page starts that the tensor fills, and how many there are."""
+    start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    return start, (tensor.data_ptr() + tensor.nbytes) // _PAGE - start // _PAGE
+
+
+def _any_was_written(first: int, pages: int) -> bool:
+    """Whether one of these pages is in memory or swapped, and not as a file holds it; see proc_pid_pagemap(5)."""
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(first * 8)
             entries = np.frombuffer(file.read(pages * 8), np.uint64)
     except OSError:
-        return False
+        entries = np.empty(0, np.uint64)
+    if len(entries) < pages:  # nothing is known of them
+        return True
     is_there, is_swapped, is_of_file = ((entries >> np.uint64(bit)) & np.uint64(1) for bit in (63, 62, 61))
-    return len(entries) == pages and not bool((is_swapped | is_there & ~is_of_file & np.uint64(1)).any())
+    return bool((is_swapped | is_there & (is_of_file ^ np.uint64(1))).any())
 
 
 def _glibc() -> Any:
