@@ -90,7 +90,11 @@ def test_an_adapter_outside_of_a_run_is_merged_on_given_rows(finished, tmp_path,
     for name in ("trimtab.json", "README.md"):
         (moved / name).unlink()
     write_reviews(data, 40, seed=5, labels=("1", "0"))
-    stock = merge_adapter(moved, tmp_path / "stock", base=str(model_folder("llama")), data=str(data))
+    data.write_text(data.read_text().replace("text,label", "words,said", 1))
+    with pytest.raises(DataError, match="no column looks like the text; its columns are: words, said"):
+        merge_adapter(moved, tmp_path / "stock", base=str(model_folder("llama")), data=str(data))
+    stock = merge_adapter(moved, tmp_path / "stock", base=str(model_folder("llama")), data=str(data),
+                          columns={"text": "words", "label": "said"})  # fmt: skip
     assert stock.max_abs_difference <= 1e-4
     assert stock.trained is None
     write_reviews(data, 40, labels=("good", "strange"))

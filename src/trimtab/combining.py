@@ -24,6 +24,7 @@ def combine_adapters(
     density: float | None = None,
     *,
     data: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the weighted combination of adapters as an adapter of its own, and compare it with each of them.
@@ -35,6 +36,7 @@ def combine_adapters(
         weights: by adapter folder.
         density: the share of each adapter that is kept, for ties, dare and magnitude pruning.
         data: rows with labels, as for training.
+        columns: of `data`, by what they are for (text, label, …), where their names do not tell.
 
     Returns:
         The shape of `compare_two`: the metrics of every system with intervals, and the contrasts of the result.
@@ -46,7 +48,7 @@ def combine_adapters(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; give another --out")
     first, *others = weights
-    rows = find_test_rows(first, check_folder(first), data, listener)
+    rows = find_test_rows(first, check_folder(first), data, columns, listener)
     names = _names_of(list(weights))
     listener.stage(f"Loading {len(names)} adapters on one base")
     loaded = load_adapter(first, name=names[first], progress=listener)

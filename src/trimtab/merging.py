@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -79,6 +79,7 @@ def merge_adapter(
     *,
     base: str | None = None,
     data: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
     output_format: MergeFormat = "transformers",
     force: bool = False,
     progress: Progress | None = None,
@@ -89,6 +90,7 @@ def merge_adapter(
         adapter: an adapter folder, a Hub id, or a run folder with one trial.
         base: where the base is, if not where it was.
         data: rows with labels that the models are compared on; if missing, the test rows of the adapter's run.
+        columns: of `data`, by what they are for (text, label, …), where their names do not tell.
         output_format: a folder of transformers, or one with a GGUF file for llama.cpp.
         force: write it even where outputs differ by more than the dtype's bound.
 
@@ -106,7 +108,7 @@ def merge_adapter(
     source, facts = find_base(folder, facts, base, listener)
     if output_format == "gguf":
         check_gguf(facts["task"])
-    rows = find_test_rows(folder, facts, data, listener)[:_COMPARED_ROWS]
+    rows = find_test_rows(folder, facts, data, columns, listener)[:_COMPARED_ROWS]
     work = _Work(folder, facts, rows, dtype, force, listener)
     found: Merge | None = None
 

@@ -22,8 +22,17 @@ from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.preference import Preference, refer_to
 
 
-def find_test_rows(folder: Path, facts: Mapping[str, Any], data: str | None, progress: Progress) -> list[Row]:
+def find_test_rows(
+    folder: Path,
+    facts: Mapping[str, Any],
+    data: str | None,
+    columns: Mapping[str, str | None] | None,
+    progress: Progress,
+) -> list[Row]:
     """The rows that an adapter is judged on: those of `data`, else the test rows of the run that it lies in.
+
+    Args:
+        columns: of `data`, by what they are for; others as the adapter was trained, or found by name.
 
     Raises:
         InputError: it lies in no run, and no data are given.
@@ -33,7 +42,7 @@ def find_test_rows(folder: Path, facts: Mapping[str, Any], data: str | None, pro
         names = facts["label_names"]
         if all(name == f"LABEL_{number}" for number, name in enumerate(names)):  # as transformers counts labels
             names = [str(number) for number in range(len(names))]
-        return read_labelled(data, facts["task"], names, facts.get("columns", {}), progress)
+        return read_labelled(data, facts["task"], names, facts.get("columns", {}), columns or {}, progress)
     run = RunFolder.around(folder)
     if run is None or not run.test_rows.is_file():
         raise InputError(f"{folder} lies in no run folder, whose test rows are needed; give rows with labels: --data")

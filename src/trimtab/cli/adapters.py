@@ -10,7 +10,13 @@ import typer
 
 from trimtab.cli.application import AsJson, Quiet, app
 
-_DATA = "Rows with labels, as for training, to compare on; if missing, the test rows of the (first) adapter's run."
+# The rows that adapters are compared on.
+_Data = Annotated[
+    str | None,
+    typer.Option(help="Rows with labels to compare on; if missing, the test rows of the (first) adapter's run."),
+]
+_TextColumn = Annotated[str | None, typer.Option(help="Column of --data; as it was trained, or by name, if missing.")]
+_LabelColumn = Annotated[str | None, typer.Option(help="Column of --data; as it was trained, or by name, if missing.")]
 
 
 @app.command()
@@ -23,7 +29,9 @@ def predict(
     output_format: Annotated[
         Literal["jsonl", "csv", "parquet"] | None, typer.Option("--format", help="Told by the name of --out.")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column with the text; found by name if missing.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the text; as it was trained, or by name, if missing.")
+    ] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="Column with a second text, for pairs.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
     used: Annotated[
@@ -73,7 +81,9 @@ def generate(
         str | None, typer.Option("--input", help="Prompts as rows of a file, or - for standard input.")
     ] = None,
     out: Annotated[str, typer.Option(help="File for what was written; - for standard output.")] = "-",
-    text_column: Annotated[str | None, typer.Option(help="Column with the prompt; found by name if missing.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column with the prompt; as it was trained, or by name, if missing.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample, the sharper the lower.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from so much probability.")] = None,
@@ -125,7 +135,9 @@ def generate(
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, a Hub id, or a run with one.")],
     out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
-    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
+    data: _Data = None,
+    text_column: _TextColumn = None,
+    label_column: _LabelColumn = None,
     base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the merged weights.")
@@ -155,10 +167,12 @@ def merge(
 
     quiet_libraries()
     set_threads()
+    columns = {"text": text_column, "label": label_column}
     with make_progress(quiet) as progress:
         found = merge_adapter(
-            adapter, out, dtype, base=base, data=data, output_format=output_format, force=force, progress=progress
-        )
+            adapter, out, dtype, base=base, data=data, columns=columns, output_format=output_format, force=force,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
@@ -201,7 +215,9 @@ def combine(
         typer.Argument(metavar="ADAPTER=WEIGHT...", help="Adapters of one base, each with its weight."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the combined adapter.")],
-    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
+    data: _Data = None,
+    text_column: _TextColumn = None,
+    label_column: _LabelColumn = None,
     combination_type: Annotated[
         str, typer.Option(help="As peft names them: linear, svd, cat, ties, dare_linear, dare_ties, magnitude_prune…")
     ] = "linear",
@@ -232,8 +248,9 @@ def combine(
             raise InputError(f"{given!r} is no adapter with a weight; write FOLDER=0.5") from error
     quiet_libraries()
     set_threads()
+    columns = {"text": text_column, "label": label_column}
     with make_progress(quiet) as progress:
-        found = combine_adapters(weights, out, combination_type, density, data=data, progress=progress)
+        found = combine_adapters(weights, out, combination_type, density, data=data, columns=columns, progress=progress)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

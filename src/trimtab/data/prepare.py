@@ -120,12 +120,18 @@ def prepare_data(study: StudyConfig, progress: Progress) -> PreparedData:
 
 
 def read_labelled(
-    source: str, task: str, label_names: list[str], named: Mapping[str, str], progress: Progress
+    source: str,
+    task: str,
+    label_names: list[str],
+    trained_on: Mapping[str, str],
+    named: Named,
+    progress: Progress,
 ) -> list[Row]:
     """The test rows of `source`, or all of them where it has no such split, for a task whose labels are known.
 
     Args:
-        named: columns as they were named before; those that `source` does not have are found by name.
+        trained_on: columns by what they were for in training; those that `source` does not have are found by name.
+        named: columns that are named now, which go before those.
 
     Raises:
         SourceError: it cannot be had.
@@ -134,8 +140,9 @@ def read_labelled(
     reader, found = READERS[task], read_source(source, progress)
     table = found.splits.get("test") or found.splits["train"]
     starter: Named = {"text": found.starter.text_column, "label": found.starter.label_column} if found.starter else {}
-    known = {what: name for what, name in named.items() if name in table.columns}
-    columns = reader.find_columns(table, {**dict.fromkeys(vars(Columns(""))), **starter, **known}, progress)
+    given = {what: name for what, name in named.items() if name is not None}
+    known = {what: name for what, name in trained_on.items() if name in table.columns}
+    columns = reader.find_columns(table, {**dict.fromkeys(vars(Columns(""))), **starter, **known, **given}, progress)
     return reader.rows(table, "test", columns, label_names)
 
 
