@@ -80,9 +80,9 @@ What `trimtab estimate` says before any weight is read, and what the run took. T
 _FORMATS_INTRODUCTION = """
 ## Number formats
 
-The same study with its base in four formats: SmolLM2 on film reviews, LoRA. `--precision int8` keeps the float32
-weights beside their int8 copies, in kernels of its own; bitsandbytes holds 8 or 4 bits only, and takes them
-apart again for each product. Peak memory is that of the whole process, reading the weights included.
+The same study with its base in four formats: SmolLM2 on film reviews, LoRA. `--precision int8` trains from int8 copies,
+in kernels of its own, and scores in float32, whose weights it reads from their file again; bitsandbytes holds 8 or 4
+bits only, and takes them apart again for each product. Peak memory is that of the whole process, reading the weights included.
 
 | base | peak memory | training tokens/s | accuracy [95 % interval] |
 | --- | --: | --: | --: |"""

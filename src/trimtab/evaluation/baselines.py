@@ -74,12 +74,13 @@ def _counts(counter: Counter[int] | None, size: int) -> Floats:
 class LinearProbe:
     """A linear model on raw features: outputs = features @ weight.T + bias.
 
-    `weight` is [columns, features], float32; `bias` [columns], or None for heads without one.
+    `weight` is [columns, features], float32; `bias` [columns], or None for heads without one. `strength` is the inverse
+    regularisation that it was fitted with; a probe that was read again does not tell.
     """
 
     weight: Tensor
     bias: Tensor | None
-    strength: float
+    strength: float | None = None
 
     def outputs(self, features: Tensor) -> Tensor:
         return torch.nn.functional.linear(features, self.weight, self.bias)

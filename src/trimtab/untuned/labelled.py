@@ -142,4 +142,4 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: Numb
 
 def _read_probe(path: Any) -> LinearProbe:
     weights = load_file(path)
-    return LinearProbe(weights["weight"], weights.get("bias"), float("nan"))
+    return LinearProbe(weights["weight"], weights.get("bias"))

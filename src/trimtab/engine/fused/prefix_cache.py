@@ -47,7 +47,11 @@ class PrefixCache:
             self._lock.acquire(blocking=False)
         except Timeout as error:
             raise CacheInUseError(str(folder)) from error
-        self._file = os.open(folder / "states.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._file = os.open(folder / "states.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            self._lock.release()
+            raise
         self._places, self._end = self._read_index()
         if not self._places:
             self._index.unlink(missing_ok=True)  # before what it may point to is written over
