@@ -41,7 +41,7 @@ _UNPACK_SECONDS = {"none": 0.0, "8bit": 7e-9, "4bit": 7e-9}
 # How much slower other paths are than fused layers, in what is not products: peft's own layers; padding.
 _SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 3.5}
 # How much more transformers' and peft's own layers keep of a token than fused ones.
-_KEPT = {"fused": 1.0, "packed": 2.7, "padded": 2.0}
+_KEPT = {"fused": 1.0, "packed": 2.7, "padded": 1.4}
 # Chunks of logits that the allocator comes to hold for a language model, among other sizes (SmolLM2 on tales).
 _LOGIT_BUFFERS = 12
 # Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
