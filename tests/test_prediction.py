@@ -152,7 +152,7 @@ def test_the_base_alone_says_something_else(finished, loaded, rows):
     )
     assert done.returncode == 0, done.stderr
     alone = [json.loads(line)["probabilities"]["good"] for line in done.stdout.splitlines()]
-    with loaded.disabled():
+    with loaded.disable():
         assert [row["probabilities"]["good"] for row in loaded.predict(texts)] == pytest.approx(alone, abs=1e-3)
     tuned = [row["probabilities"]["good"] for row in loaded.predict(texts)]
     assert max(abs(a - b) for a, b in zip(tuned, alone, strict=True)) > 0.01

@@ -191,7 +191,7 @@ def write_interactively(
     for prompt in prompts if prompts is not None else _typed_lines():
         if compare:
             tell("base:  ")
-            with adapter.disabled():
+            with adapter.disable():
                 adapter.generate([prompt], sampling, is_chat=is_chat, on_text=tell)
             tell("\ntuned: ")
         adapter.generate([prompt], sampling, is_chat=is_chat, on_text=tell)

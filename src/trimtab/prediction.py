@@ -93,7 +93,7 @@ def generate_records(
         tuned = adapter.generate(prompts, sampling, is_chat=is_chat)
         base: list[str] = []
         if compare:
-            with adapter.disabled():
+            with adapter.disable():
                 base = adapter.generate(prompts, sampling, is_chat=is_chat)
         for place, (record, _) in enumerate(chunk):
             yield record | {"generated": tuned[place]} | ({"base": base[place]} if compare else {})

@@ -65,7 +65,7 @@ def test_the_base_alone_gives_what_it_gave_before(finished, adapter):
     loaded = trimtab.load_adapter(adapter)
     rows = read_rows(finished.test_rows)
     tuned = scores(loaded, rows)
-    with loaded.disabled():
+    with loaded.disable():
         alone = scores(loaded, rows)
     assert not torch.allclose(tuned, alone, atol=1e-3)
     assert torch.equal(scores(loaded, rows), tuned)

@@ -154,7 +154,7 @@ def test_unloading_leaves_no_trace(three):
 def test_the_base_alone_is_the_base_to_the_bit(three, model_folder):
     loaded = load_all(three("llama"))
     state = AutoModelForSequenceClassification.from_pretrained(model_folder("llama")).state_dict()
-    with loaded.disabled():
+    with loaded.disable():
         for name, parameter in loaded.peft_model.get_base_model().named_parameters():
             plain = name.replace(".base_layer", "")
             if plain in state and "score" not in plain:

@@ -241,7 +241,7 @@ class AdapterSet:
         return replace(self.scorer, task=known.task, max_length_tokens=known.max_length_tokens)
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disable(self) -> Iterator[None]:
         """The base alone, for as long as this lasts; its head is the one that it came with.
 
         Raises:

@@ -68,7 +68,7 @@ def encode_beside_base(adapter: LoadedAdapter, rows: Sequence[Row], progress: Pr
     encoded = scorer.encode(rows)
     if not isinstance(scorer.task, Preference):
         return encoded
-    with adapter.disabled():
+    with adapter.disable():
         base = predict_outputs(scorer.task, rows, encoded, [], scorer.score(encoded, progress).outputs)
     assert isinstance(base, PreferencePredictions)
     return refer_to(encoded, torch.from_numpy(base.log_probabilities))

@@ -50,5 +50,5 @@ def _continue_with_base(adapter: LoadedAdapter, prompts: Sequence[Sequence[int]]
     if adapter.is_whole_model:  # its base is gone
         base = load_base(locate_model(adapter.facts["base"], progress), adapter.scorer.task.auto_class, {}, 0)
         return continue_prompts(base.model, tokenizer, prompts, Sampling(_SAMPLE_TOKENS))
-    with adapter.disabled():
+    with adapter.disable():
         return continue_prompts(adapter.peft_model, tokenizer, prompts, Sampling(_SAMPLE_TOKENS))

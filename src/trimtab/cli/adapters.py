@@ -67,7 +67,7 @@ def predict(
             loaded, read_records(source), source, text_column=text_column, text_pair_column=text_pair_column,
             precision=precision, progress=progress,
         )  # fmt: skip
-        with loaded.disabled() if used == "none" else nullcontext():
+        with loaded.disable() if used == "none" else nullcontext():
             write_records(records, out, output_format)
 
 
