@@ -28,7 +28,7 @@ from trimtab.models import build_without_weights, find_new_modules, load_tokeniz
 from trimtab.sources import ModelSource, weight_files
 from trimtab.study_config import StudyConfig
 from trimtab.tasks.heads import backbone_of
-from trimtab.tasks.token_loss import CHUNK_POSITIONS
+from trimtab.tasks.token_loss import chunk_positions
 
 # Rows of each split whose lengths stand for all.
 _SAMPLED_ROWS = 500
@@ -173,7 +173,9 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
         if _computes_in_int8(study):  # measured against float32 on a few rows; then trained without that
             measured, trained = (copies, per_token * _MEASURED_TOKENS), (2.0 * sizes.linear, batch)
             copies, batch = max(measured, trained, key=sum)
-    vocabulary = 4 * _LOGIT_BUFFERS * CHUNK_POSITIONS * sizes.vocabulary if not job.task.has_probe else 0
+    vocabulary = (
+        4 * _LOGIT_BUFFERS * chunk_positions(sizes.vocabulary) * sizes.vocabulary if not job.task.has_probe else 0
+    )
     vectors = _TEXT_BYTES * train_tokens * _text_columns(job)
     return {
         "libraries and data": int(psutil.Process().memory_info().rss),

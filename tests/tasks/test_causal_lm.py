@@ -20,7 +20,7 @@ from trimtab.runs import RunFolder
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
-from trimtab.tasks.token_loss import Readout, mean_token_loss, token_losses
+from trimtab.tasks.token_loss import Readout, chunk_positions, mean_token_loss, token_losses
 
 TASK = get_task("causal_lm")
 TEMPLATE = (
@@ -131,6 +131,13 @@ def test_chunks_give_what_all_logits_give(scale, softcap, with_bias):
     losses, hits = token_losses(readout, states.detach(), labels)
     torch.testing.assert_close(losses.mean(), expected[0])
     assert torch.equal(hits, readout.logits(states).argmax(-1) == labels)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "positions"), [(90, 256), (49_152, 256), (151_936, 82), (262_144, 48), (10**6, 32)]
+)
+def test_a_larger_vocabulary_takes_shorter_chunks(vocabulary, positions):
+    assert chunk_positions(vocabulary) == positions
 
 
 def test_a_truth_that_is_next_to_impossible_has_its_loss():

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# Positions whose logits are held at once: 50 MB for a vocabulary of 50,000.
-CHUNK_POSITIONS = 256
+# Logits that are held at once: 50 MB, whatever the vocabulary; products of fewer rows take longer a row.
+_CHUNK_LOGITS = 256 * 49_152
+_MOST_POSITIONS, _FEWEST_POSITIONS = 256, 32
 # Probabilities below this have lost digits in float32.
 _SMALLEST = 1e-30
 
@@ -37,6 +38,11 @@ class Readout(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def chunk_positions(vocabulary: int) -> int:
+    """Positions whose logits are held at once."""
+    return max(_FEWEST_POSITIONS, min(_MOST_POSITIONS, _CHUNK_LOGITS // vocabulary))
+
+
 def mean_token_loss(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
     is_frozen = readout.adapted is None and not (readout.weight.requires_grad or _trains(readout.bias))
@@ -53,14 +59,16 @@ def learnt_token_losses(readout: Readout, states: Tensor, labels: Tensor) -> Ten
     def of_chunk(part: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(readout.logits(part).float(), wanted, reduction="none")
 
-    chunks = zip(torch.split(states, CHUNK_POSITIONS), torch.split(labels, CHUNK_POSITIONS), strict=True)
+    size = chunk_positions(len(readout.weight))
+    chunks = zip(torch.split(states, size), torch.split(labels, size), strict=True)
     return torch.cat([checkpoint(of_chunk, part, wanted, use_reentrant=False) for part, wanted in chunks])
 
 
 def token_losses(readout: Readout, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each position, and whether its likeliest token is the true one; both [positions], without gradients."""
     losses, hits = [], []
-    for part, wanted in zip(torch.split(states, CHUNK_POSITIONS), torch.split(labels, CHUNK_POSITIONS), strict=True):
+    size = chunk_positions(len(readout.weight))
+    for part, wanted in zip(torch.split(states, size), torch.split(labels, size), strict=True):
         logits = readout.logits(part).float()
         losses.append(logits.logsumexp(-1) - logits.gather(1, wanted.unsqueeze(1)).squeeze(1))
         hits.append(logits.argmax(-1) == wanted)
@@ -79,8 +87,9 @@ class _FrozenReadout(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         grad = torch.empty_like(states)
         probabilities = None
-        for start in range(0, len(states), CHUNK_POSITIONS):
-            part = slice(start, start + CHUNK_POSITIONS)
+        size = chunk_positions(len(readout.weight))
+        for start in range(0, len(states), size):
+            part = slice(start, start + size)
             logits, wanted = readout.logits(states[part]).float(), labels[part].unsqueeze(1)
             # One buffer for all chunks: fresh memory of this size costs more than the softmax itself.
             probabilities = torch.empty_like(logits) if probabilities is None else probabilities[: len(logits)]
