@@ -24,8 +24,15 @@ def two(tmp_path_factory, model_folder):
     return [RunFolder(folder / f"run-{seed}").trial("lora", seed).adapter for seed in (0, 1)]
 
 
-def test_the_command_scores_it_beside_its_parts(two, tmp_path):
-    done = run_trimtab("combine", f"{two[0]}=0.5", f"{two[1]}=0.5", "--out", tmp_path / "both", "--json")
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory):
+    """Rows that no seed was trained on."""
+    return str(write_reviews(tmp_path_factory.mktemp("unseen") / "unseen.csv", 60, seed=7))
+
+
+def test_the_command_scores_it_beside_its_parts(two, unseen, tmp_path):
+    parts = [f"{two[0]}=0.5", f"{two[1]}=0.5"]
+    done = run_trimtab("combine", *parts, "--out", tmp_path / "both", "--data", unseen, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     names = [system["name"] for system in found["systems"]]
@@ -38,8 +45,13 @@ def test_the_command_scores_it_beside_its_parts(two, tmp_path):
     assert loaded.predict(["a joy to watch"])[0]["probabilities"].keys() == {"good", "bad"}
 
 
-def test_one_part_alone_is_that_part(two, tmp_path):
-    found = combine_adapters({two[0]: 1.0, two[1]: 0.0}, tmp_path / "same", "svd")
+def test_rows_that_a_part_was_trained_on_are_no_judges(two, tmp_path):
+    with pytest.raises(InputError, match=r"of 24 test rows \d are test rows of every run, .* none has seen: --data"):
+        combine_adapters({two[0]: 0.5, two[1]: 0.5}, tmp_path / "x")
+
+
+def test_one_part_alone_is_that_part(two, unseen, tmp_path):
+    found = combine_adapters({two[0]: 1.0, two[1]: 0.0}, tmp_path / "same", "svd", data=unseen)
     systems = {system["name"]: system["metrics"] for system in found["systems"]}
     assert systems["combined"]["accuracy"]["value"] == systems["run-0-lora-s0"]["accuracy"]["value"]
     assert systems["combined"]["loss"]["value"] == pytest.approx(systems["run-0-lora-s0"]["loss"]["value"], abs=1e-4)
@@ -49,6 +61,8 @@ def test_bad_weights_and_places_are_told(two, tmp_path):
     done = run_trimtab("combine", str(two[0]), "--out", tmp_path / "x")
     assert done.returncode == 2
     assert "is no adapter with a weight; write FOLDER=0.5" in " ".join(done.stderr.split())
+    done = run_trimtab("combine", f"{two[0]}=0.5", f"{two[0]}=0.5", "--out", tmp_path / "x")
+    assert "is given twice; add its weights up" in " ".join(done.stderr.split())
     with pytest.raises(InputError, match="give two adapters or more"):
         combine_adapters({two[0]: 1.0}, tmp_path / "x")
     with pytest.raises(InputError, match="is there already; give another --out"):

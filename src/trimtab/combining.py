@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import load_adapter
 from trimtab.adapters.files import check_folder
 from trimtab.adapters.judging import encode_beside_base, find_test_rows, judge
+from trimtab.data import Row, read_rows
 from trimtab.errors import InputError
 from trimtab.evaluation.comparison import compare_with
 from trimtab.evaluation.predictions import Predictions
 from trimtab.progress import Progress, Silent
+from trimtab.runs import RunFolder
 
 _RESULT = "combined"
+# Test rows that runs which were cut in other ways must share.
+_FEWEST_ROWS = 30
 
 
 def combine_adapters(
@@ -29,7 +34,7 @@ def combine_adapters(
 ) -> dict[str, Any]:
     """Write the weighted combination of adapters as an adapter of its own, and compare it with each of them.
 
-    All are scored on the test rows of the first one's run, or on `data`. Choose weights elsewhere: what is chosen by
+    All are scored on the test rows that their runs share, or on `data`. Choose weights elsewhere: what is chosen by
     these rows is flattered by them.
 
     Args:
@@ -49,6 +54,8 @@ def combine_adapters(
         raise InputError(f"{out} is there already; give another --out")
     first, *others = weights
     rows = find_test_rows(first, check_folder(first), data, columns, listener)
+    if data is None:
+        rows = _unseen_rows(rows, others, listener)
     names = _names_of(list(weights))
     listener.stage(f"Loading {len(names)} adapters on one base")
     loaded = load_adapter(first, name=names[first], progress=listener)
@@ -67,6 +74,35 @@ def combine_adapters(
     value = found["systems"][-1]["metrics"][metric]["value"]
     loaded.save(out, score={"metric": metric, "value": value, "test_rows": len(rows)})
     return found
+
+
+def _unseen_rows(rows: list[Row], others: Sequence[Path], progress: Progress) -> list[Row]:
+    """Those test rows of the first adapter's run that all other runs tested on, too: no part was trained on them.
+
+    Raises:
+        InputError: few are left.
+    """
+    kept = rows
+    for other in others:
+        run = RunFolder.around(other)
+        if run is None or not run.test_rows.is_file():
+            progress.note(f"{other} lies in no run, so whether it was trained on these test rows cannot be checked")
+            continue
+        theirs = {_content(row) for row in read_rows(run.test_rows)}
+        kept = [row for row in kept if _content(row) in theirs]
+    if len(kept) < len(rows):
+        if len(kept) < _FEWEST_ROWS:
+            raise InputError(
+                f"of {len(rows)} test rows {len(kept)} are test rows of every run, and on the others an adapter may "
+                "have been trained; give rows that none has seen: --data"
+            )
+        progress.note(f"{len(kept)} of {len(rows)} test rows are test rows of every run; the others are left out")
+    return kept
+
+
+def _content(row: Row) -> str:
+    """A row without its place, which differs from run to run."""
+    return repr(astuple(replace(row, id="", label=0, group=None)))
 
 
 def _names_of(adapters: Sequence[Path]) -> dict[Path, str]:

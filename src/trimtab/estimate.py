@@ -193,10 +193,7 @@ def _computes_in_int8(study: StudyConfig) -> bool:
 
 def _is_mapped(source: ModelSource) -> bool:
     """Whether weights are mapped from their files, so that pages go back once they are laid out elsewhere."""
-    try:
-        files = weight_files(source)
-    except OSError:  # not fetched yet
-        return False
+    files = weight_files(source, fetch=False)
     is_plain = bool(files) and all(file.suffix == ".safetensors" for file in files) and not is_narrow(files)
     return is_plain and sys.platform == "linux"
 

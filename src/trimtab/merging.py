@@ -121,7 +121,7 @@ def merge_adapter(
         known = {"base": facts["base"], "base_sha256": fingerprint_model(source)}
         write_json(folder / "merge.json", known | asdict(found))
 
-    write_folder(out, write)
+    write_folder(out, write, replace=False)
     assert found is not None
     return found
 

@@ -134,6 +134,8 @@ def write_records(records: Iterable[Record], out: str, output_format: OutputForm
     Raises:
         DataError: a format that is not known by its name.
     """
+    if out == STREAM and output_format == "parquet":
+        raise DataError("Parquet is no stream of text; give a file: --out found.parquet")
     if out == STREAM:
         return _WRITERS[output_format or "jsonl"](records, sys.stdout)
     path = Path(out).expanduser()
@@ -158,7 +160,7 @@ def _write_jsonl(records: Iterable[Record], file: IO[str]) -> int:
     count = 0
     for record in records:
         count += 1
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
         if file is sys.stdout:
             file.flush()
     return count
@@ -166,37 +168,75 @@ def _write_jsonl(records: Iterable[Record], file: IO[str]) -> int:
 
 def _write_csv(records: Iterable[Record], file: IO[str]) -> int:
     writer, count = None, 0
-    for record in map(_flatten, records):
+    for record in _as_cells(records):
         count += 1
         if writer is None:
-            writer = csv.DictWriter(file, list(record), extrasaction="ignore")
+            writer = csv.DictWriter(file, list(record))
             writer.writeheader()
         writer.writerow(record)
     return count
 
 
-def _flatten(record: Record) -> Record:
-    """Cells for a table: lists as JSON, a column for each probability."""
-    cells = {name: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-             for name, value in record.items() if name != "probabilities"}  # fmt: skip
-    return cells | {f"probability_{name}": share for name, share in record.get("probabilities", {}).items()}
+def _as_cells(records: Iterable[Record]) -> Iterator[Record]:
+    """Cells for a table, whose columns are those of the first record: lists as JSON, a column for each probability.
+
+    Raises:
+        DataError: a record with another column.
+    """
+    columns: dict[str, None] = {}
+    for number, record in enumerate(records, 1):
+        cells: Record = {}
+        for name, value in record.items():
+            if name == "probabilities" and isinstance(value, dict):
+                cells |= {f"probability_{label}": share for label, share in value.items()}
+            else:
+                cells[name] = json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list) else value
+        columns = columns or dict.fromkeys(cells)
+        strange = [name for name in cells if name not in columns]
+        if strange:
+            raise DataError(f"row {number} has a column {strange[0]!r} that the first one lacks; use --format jsonl")
+        yield cells
 
 
 def _write_parquet(records: Iterable[Record], path: Any) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    stream, count, writer = map(_flatten, records), 0, None
+    stream, count, writer = _as_cells(records), 0, None
     try:
         while chunk := list(itertools.islice(stream, ROWS_AT_ONCE)):
-            table = pa.Table.from_pylist(chunk, schema=writer.schema if writer else None)
-            writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table)
+            table = pa.Table.from_pylist([dict.fromkeys(chunk[0]) | record for record in chunk])
+            if writer is None:  # a column that is empty so far may hold texts later
+                fields = [field.with_type(pa.string()) if pa.types.is_null(field.type) else field
+                          for field in table.schema]  # fmt: skip
+                writer = pq.ParquetWriter(path, pa.schema(fields))
+            writer.write_table(_cast(table, writer.schema, count))
             count += len(chunk)
     finally:
         if writer:
             writer.close()
     return count
+
+
+def _cast(table: Any, schema: Any, rows_before: int) -> Any:
+    """The table with the columns' types that were written before.
+
+    Raises:
+        DataError: a column whose values these types do not hold.
+    """
+    import pyarrow as pa
+
+    columns = []
+    for field in schema:
+        column = table.column(field.name) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        try:
+            columns.append(column.cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(
+                f"column {field.name!r} holds {field.type} in the first rows and {column.type} after row "
+                f"{rows_before}, which one Parquet column does not hold; use --format jsonl or csv"
+            ) from error
+    return pa.table(columns, schema=schema)
 
 
 _WRITERS: dict[str, Callable[[Iterable[Record], Any], int]] = {

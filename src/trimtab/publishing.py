@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from trimtab.adapters.files import check_folder
 from trimtab.errors import AdapterError, SourceError
 from trimtab.progress import Progress, Silent
+from trimtab.runs import TrialFolder
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def push_adapter(
         SourceError: the Hub refuses, or cannot be reached.
     """
     listener = progress or Silent()
-    check_folder(adapter)
+    facts = check_folder(adapter)
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -54,7 +55,9 @@ def push_adapter(
     if "/" not in repository:
         raise SourceError(f"{repository!r} names no owner; give owner/name")
     _check_card(adapter)
-    files = {path.name: path.stat().st_size for path in sorted(adapter.iterdir()) if path.is_file()}
+    own = {*facts["files"], TrialFolder.facts_in(adapter).name, "README.md"} if facts else None
+    files = {path.name: path.stat().st_size for path in sorted(adapter.iterdir())
+             if path.is_file() and (own is None or path.name in own)}  # fmt: skip
     if dry_run:
         return Push(repository, files, None)
     listener.stage(f"Sending {len(files)} files to {repository}")
@@ -73,7 +76,9 @@ def push_adapter(
         first = str(error).strip().splitlines()[0]
         hint = "" if os.environ.get("HF_TOKEN") else "; log in with `hf auth login`, or set HF_TOKEN"
         raise SourceError(f"{repository} cannot be written on the Hub: {first}{hint}") from error
-    except OSError as error:
+    except ValueError as error:
+        raise AdapterError(f"the Hub refuses the model card: {' '.join(str(error).split())}; mend it") from error
+    except Exception as error:  # by the client's version, those of one HTTP library or another
         raise SourceError(f"the Hub cannot be reached: {str(error).splitlines()[0]}; nothing was sent") from error
     return Push(repository, files, str(done.commit_url))
 

@@ -187,8 +187,12 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             raise
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder beside `path`; rename it into place, replacing `path`."""
+def write_folder(path: Path, write: Callable[[Path], None], *, replace: bool = True) -> None:
+    """Let `write` fill a temporary folder beside `path`, and rename it into place.
+
+    Args:
+        replace: take the place of a folder that is there; else only that of an empty one.
+    """
     with _storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -199,12 +203,24 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
                     with file.open("rb+") as opened:
                         os.fsync(opened.fileno())
             temporary.chmod(0o755)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.replace(path)
+            _put_in_place(temporary, path, replace)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _put_in_place(folder: Path, path: Path, replace: bool) -> None:
+    if not (replace and path.exists()):
+        folder.replace(path)  # the system refuses where something is in there
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    path.replace(aside)
+    try:
+        folder.replace(path)
+    except OSError:
+        aside.replace(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -149,18 +149,36 @@ def fingerprint_files(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def weight_files(source: ModelSource) -> list[Path]:
-    """The files that hold a model's weights: safetensors where there are some, on this disk."""
-    if source.is_local:
-        folder = Path(source.location)
-    else:
-        from huggingface_hub import snapshot_download
+def weight_files(source: ModelSource, fetch: bool = True) -> list[Path]:
+    """The files that hold a model's weights: safetensors where there are some.
 
-        folder = Path(
-            snapshot_download(source.location, local_files_only=True, allow_patterns=["*.safetensors", "*.bin"])
-        )
-    files = list(folder.glob("*.safetensors")) or [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
-    return sorted(files)
+    Args:
+        fetch: from the Hub, where they are not here yet; else there may be none.
+
+    Raises:
+        SourceError: the Hub does not give them, or has none.
+    """
+    if source.is_local:
+        return _weights_in(Path(source.location))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):
+        kept = _weights_in(Path(snapshot_download(source.location, local_files_only=True)))
+        if kept or not fetch:
+            return kept
+    if not fetch:
+        return []
+    with _hub_errors("model", source.name):
+        files = _weights_in(_fetch_files(source.location, None, _MODEL_FILES))
+        files = files or _weights_in(_fetch_files(source.location, None, (*_MODEL_FILES, *_WEIGHTS)))
+    if not files:
+        raise SourceError(f"{source.name} holds no weights on the Hub ({', '.join(_WEIGHTS)}); give another model")
+    return files
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(path for kind in _WEIGHTS for path in folder.glob(kind))
 
 
 def fingerprint_model(source: ModelSource) -> str:

@@ -26,7 +26,7 @@ from trimtab.engine.frozen import NumberFormat, set_adapter_training, trainable_
 from trimtab.engine.fused import native
 from trimtab.engine.fused.prefix_cache import CacheInUseError, PrefixCache, make_room
 from trimtab.engine.loop import Ending, LoopSettings, make_state, train
-from trimtab.engine.memory import give_back_freed_memory, keep_freed_memory
+from trimtab.engine.memory import give_back_freed_memory, give_back_mapped_pages, keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.engine.state import TrainingState
 from trimtab.errors import StorageError, TrainingError
@@ -84,6 +84,7 @@ def tune(
         precision, scorer.task, scorer.choice.forward, scorer.first_batch(data.train), progress, training=True
     )
     give_back_freed_memory()  # what scoring and measuring left
+    give_back_mapped_pages(*(weight for weight in peft_model.parameters() if not weight.requires_grad))
     keep_freed_memory()
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from trimtab.adapters.files import check_folder, is_whole_model, write_facts
 from trimtab.adapters.merged import check_mergeable, merge_layer
 from trimtab.adapters.origin import guess_facts
+from trimtab.adapters.saving import write_weights
 from trimtab.adapters.switching import (
     attach,
     check_name,
@@ -24,6 +25,7 @@ from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import AdapterError, suggest
 from trimtab.evaluation.evaluate import Scorer
 from trimtab.methods import WholeModel
+from trimtab.precision import use_float32
 from trimtab.progress import Silent
 from trimtab.runs import write_folder
 from trimtab.sources import locate_adapter
@@ -53,6 +55,7 @@ class AdapterSet:
         self.active = name
         self.scorer = scorer
         self.peft_model = peft_model
+        self._is_disabled = False
         self._undo: list[Callable[[], None]] = []  # gives each merged layer its weights back
 
     @property
@@ -99,7 +102,7 @@ class AdapterSet:
     def _know(self, folder: Path) -> KnownAdapter:
         facts, mine = check_folder(folder), self.known[self.active]
         if not facts:
-            _, facts = guess_facts(folder, mine.facts["base"], Silent())
+            _, facts = guess_facts(folder, self.scorer.base.source.name, Silent())
         task = get_task(facts["task"], facts.get("beta", 0.1))
         if task.auto_class != mine.task.auto_class:
             raise AdapterError(
@@ -154,19 +157,21 @@ class AdapterSet:
         del self.known[name]
 
     def save(self, folder: Path, **more: Any) -> None:
-        """Write the active adapter as a folder of its own, in peft's format, with what is known of it and `more`."""
+        """Write the active adapter as a folder of its own, in peft's format, with what is known of it and `more`.
+
+        Raises:
+            AdapterError: a folder that holds something else than an adapter.
+        """
+        base, held = self.scorer.base, list(folder.iterdir()) if folder.is_dir() else []
+        if held and not any(path.suffix == ".safetensors" for path in held):
+            raise AdapterError(f"{folder} holds something else ({held[0].name}); give a folder of its own")
 
         def write(target: Path) -> None:
-            self.peft_model.save_pretrained(target, selected_adapters=[self.active])
-            inside = target / self.active
-            if inside.is_dir():  # where peft puts every adapter but the one called default
-                for file in inside.iterdir():
-                    file.rename(target / file.name)
-                inside.rmdir()
-            self.scorer.base.tokenizer.save_pretrained(target)
+            write_weights(self.peft_model, base.new_modules, target, name=self.active)
+            base.tokenizer.save_pretrained(target)
             write_facts(target, {**self.facts, **more})
 
-        write_folder(folder, write)
+        write_folder(folder, write, replace=bool(held))
 
     def merge(self) -> None:
         """Take the active adapter into copies of the base's weights: one product a layer, until `unmerge`.
@@ -176,7 +181,8 @@ class AdapterSet:
         """
         self._check_unmerged()
         check_mergeable(self.peft_model, self.path)
-        if self.facts.get("quantize", "none") != "none":
+        use_float32(self.scorer.choice.forward)  # copies of the weights in other formats do not follow
+        if getattr(self.scorer.base.model, "is_quantized", False):
             raise AdapterError(f"{self.path}: its base is held in fewer bits; trimtab merge takes it in full precision")
         try:
             for layer in self.peft_model.modules():
@@ -194,6 +200,10 @@ class AdapterSet:
     def _check_unmerged(self) -> None:
         if self._undo:
             raise AdapterError(f"{self.active!r} is merged into the base; unmerge it first")
+
+    def _check_enabled(self) -> None:
+        if self._is_disabled:
+            raise AdapterError("the adapters are switched off here, so none can be asked by name")
 
     def _check_loaded(self, names: Sequence[str]) -> None:
         for name in names:
@@ -245,10 +255,20 @@ class AdapterSet:
         """The base alone, for as long as this lasts; its head is the one that it came with.
 
         Raises:
-            AdapterError: a fully tuned model, whose base is gone.
+            AdapterError: a fully tuned model, whose base is gone; or an adapter that says other labels than that head.
         """
         if self.is_whole_model:
             raise AdapterError(f"{self.path} is a whole model, without a base to go back to")
         self._check_unmerged()
-        with self.peft_model.disable_adapter():
-            yield
+        classes = self.known[self.active].classes
+        if classes and classes != self.scorer.base.model.config.num_labels:
+            raise AdapterError(
+                f"the base's head was made for {self.scorer.base.model.config.num_labels} labels, and {self.active!r} "
+                f"says {classes}; switch to an adapter of as many"
+            )
+        self._is_disabled = True
+        try:
+            with self.peft_model.disable_adapter():
+                yield
+        finally:
+            self._is_disabled = False

@@ -41,6 +41,12 @@ class LoadedAdapter(AdapterSet):
             DataError: an empty text.
             AdapterError: an adapter that is not loaded.
         """
+        if adapters is not None:
+            self._check_enabled()
+        if not texts:
+            return []
+        if not self.predicts:
+            raise AdapterError(f"{self.path} is a {self.scorer.task.name} adapter, which writes and says no label")
         if adapters is None:
             return self.predict_rows(_rows_of(self.scorer.task, texts))
         if len(adapters) != len(texts):
@@ -63,18 +69,20 @@ class LoadedAdapter(AdapterSet):
             outputs = score_mixed(self.peft_model, self.scorer.choice, examples, asked, pad)
         said: dict[int, Record] = {}
         start, active = 0, self.active
-        for name, mine in places.items():
-            if outputs is None:
-                self.switch(name)
-                records = self.predict_rows(rows[name])
-            else:
-                together = torch.cat(outputs[start : start + len(mine)])
-                known = self.known[name]
-                records = SAY[known.task.name](together, encoded[name], rows[name], known.facts["label_names"])
-            start += len(mine)
-            said |= dict(zip(mine, records, strict=True))
-        if self.active != active:
-            self.switch(active)
+        try:
+            for name, mine in places.items():
+                if outputs is None:
+                    self.switch(name)
+                    records = self.predict_rows(rows[name])
+                else:
+                    together = torch.cat(outputs[start : start + len(mine)])
+                    known = self.known[name]
+                    records = SAY[known.task.name](together, encoded[name], rows[name], known.facts["label_names"])
+                start += len(mine)
+                said |= dict(zip(mine, records, strict=True))
+        finally:
+            if self.active != active:
+                self.switch(active)
         return said
 
     def predict_rows(self, rows: Sequence[Row]) -> list[Record]:
@@ -89,6 +97,7 @@ class LoadedAdapter(AdapterSet):
 
     def compute_in(self, precision: NumberFormat, rows: Sequence[Row], progress: Progress | None = None) -> None:
         """Let frozen layers compute in a lower precision, where their error on the first of `rows` is within bounds."""
+        self._check_unmerged()
         forward = self.scorer.choice.forward
         use_float32(forward)
         batch = self.scorer.first_batch(self.scorer.encode(rows))
@@ -115,6 +124,10 @@ class LoadedAdapter(AdapterSet):
             AdapterError: an adapter that says labels, or a tokenizer without a chat template.
         """
         task, tokenizer, chosen = self.scorer.task, self.scorer.base.tokenizer, sampling or Sampling()
+        if adapters is not None:
+            self._check_enabled()
+        if not prompts:
+            return []
         if adapters is not None and set(adapters) != {self.active}:
             return self._generate_mixed(prompts, chosen, adapters, is_chat)
         if task.writes_answers:
@@ -147,12 +160,14 @@ class LoadedAdapter(AdapterSet):
                 return continue_prompts(self.peft_model, self.scorer.base.tokenizer, ids, sampling)
         written: dict[int, str] = {}
         active = self.active
-        for name in dict.fromkeys(adapters):
-            self.switch(name)
-            mine = [place for place, asked in enumerate(adapters) if asked == name]
-            texts = self.generate([prompts[place] for place in mine], sampling, is_chat=is_chat)
-            written |= dict(zip(mine, texts, strict=True))
-        self.switch(active)
+        try:
+            for name in dict.fromkeys(adapters):
+                self.switch(name)
+                mine = [place for place, asked in enumerate(adapters) if asked == name]
+                texts = self.generate([prompts[place] for place in mine], sampling, is_chat=is_chat)
+                written |= dict(zip(mine, texts, strict=True))
+        finally:
+            self.switch(active)
         return [written[place] for place in range(len(prompts))]
 
 

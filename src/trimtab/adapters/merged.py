@@ -46,15 +46,15 @@ def merge_layer(layer: BaseTunerLayer) -> Callable[[], None]:
         AdapterError: the method cannot do that to this layer, or gives numbers that are not finite.
     """
     base = layer.get_base_layer()
-    kept = {parameter: parameter.data for parameter in base.parameters(recurse=False)}
-    for parameter, data in kept.items():
-        parameter.data = data.clone()
+    kept = dict(base.named_parameters(recurse=False))
+    for name, parameter in kept.items():  # parameters of their own: tied ones stay as they are at their other end
+        setattr(base, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
     def undo() -> None:
         if layer.get_base_layer() is not base:  # LN tuning puts another module in its place
             layer.unmerge()
-        for parameter, data in kept.items():
-            parameter.data = data
+        for name, parameter in kept.items():
+            setattr(base, name, parameter)
         layer.merged_adapters.clear()
 
     try:

@@ -66,9 +66,14 @@ def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[Mod
     )
     source = locate_model(name, progress)
     names = _label_names(folder, source) if task in ("classification", "token_classification") else []
-    facts = {"base": name, "task": task, "label_names": names, "max_length_tokens": _DEFAULT_LENGTH_TOKENS,
-             "virtual_tokens": config.get("num_virtual_tokens") or 0}  # fmt: skip
-    return source, facts
+    return source, {
+        "base": name,
+        "base_sha256": fingerprint_model(source),
+        "task": task,
+        "label_names": names,
+        "max_length_tokens": _DEFAULT_LENGTH_TOKENS,
+        "virtual_tokens": config.get("num_virtual_tokens") or 0,
+    }
 
 
 def _label_names(folder: Path, source: ModelSource) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.adapters.files import write_facts
 from trimtab.machine import package_versions
+from trimtab.methods import WholeModel
 from trimtab.models import BaseModel
 from trimtab.runs import TrialFolder, write_file, write_folder
 
@@ -46,35 +47,44 @@ def save_adapter(peft_model: Any, base: BaseModel, trial: TrialFolder, facts: di
     return sum(path.stat().st_size for path in trial.adapter.glob("*.safetensors"))
 
 
-def write_weights(peft_model: Any, new_modules: Sequence[str], folder: Path, start: Path | None = None) -> None:
+def write_weights(
+    peft_model: Any, new_modules: Sequence[str], folder: Path, start: Path | None = None, name: str = "default"
+) -> None:
     """Adapter and head in peft's format.
 
     Args:
         start: where `save_start` kept the adapter, if it did.
+        name: of the adapter, where there are several.
     """
+    if isinstance(peft_model, WholeModel):
+        peft_model.save_pretrained(folder)
+        return
     conversion = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
-    peft_model.save_pretrained(folder, safe_serialization=True, **conversion)
-    _add_head(peft_model, new_modules, folder / SAFETENSORS_WEIGHTS_NAME)
+    peft_model.save_pretrained(folder, safe_serialization=True, selected_adapters=[name], **conversion)
+    inside = folder / name
+    if inside.is_dir():  # where peft puts every adapter but the one called default
+        for file in inside.iterdir():
+            file.rename(folder / file.name)
+        inside.rmdir()
+    _add_head(peft_model, new_modules, folder / SAFETENSORS_WEIGHTS_NAME, name)
 
 
-def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path) -> None:
+def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path, name: str) -> None:
     """Write what was trained and peft left out: the head, with methods without `modules_to_save`, and with PiSSA.
 
     Stock peft reads these weights, too, by their names.
     """
-    config = getattr(peft_model, "active_peft_config", None)
-    if config is None:
-        return
+    config = peft_model.peft_config[name]
     if hasattr(config, "modules_to_save"):
-        saved = load_file(file)
-        left_out = {name: value for name, value in get_peft_model_state_dict(peft_model).items() if name not in saved}
+        saved, weights = load_file(file), get_peft_model_state_dict(peft_model, adapter_name=name)
+        left_out = {key: value for key, value in weights.items() if key not in saved}
         if left_out:
             save_file(saved | left_out, file, metadata={"format": "pt"})
         return
     head = {
-        name: parameter.detach().clone()
-        for name, parameter in peft_model.named_parameters()
-        if any(f".{module}." in name for module in new_modules)
+        key: parameter.detach().clone()
+        for key, parameter in peft_model.named_parameters()
+        if any(f".{module}." in key for module in new_modules)
     }
     if head:
         save_file(load_file(file) | head, file, metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType, PromptLearningConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ _WHOLE = ("linear", "svd", "cat")
 # These leave parts of each adapter out, and need to be told how much they keep.
 _PRUNING = ("ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "magnitude_prune",
             "magnitude_prune_svd")  # fmt: skip
+
+# Weights that add up to less have no mean: what is left is rounding.
+_SMALLEST_SUM = 1e-6
 
 
 def wrapped_heads(peft_model: Any) -> list[ModulesToSaveWrapper]:
@@ -201,8 +206,12 @@ def combine(
         raise AdapterError(f"{kind} keeps a part of each adapter; say how much: density, such as 0.5")
     if density is not None and not 0.0 < density <= 1.0:
         raise AdapterError(f"density is {density}; above 0 and at most 1 is expected")
-    if sum(weights.values()) == 0:
+    if not all(map(math.isfinite, weights.values())):
+        raise AdapterError(f"the weights are {', '.join(map(str, weights.values()))}; give finite numbers")
+    if wrapped_heads(peft_model) and abs(sum(weights.values())) < _SMALLEST_SUM:
         raise AdapterError("the weights add up to 0, so the heads have no mean; change one of them")
+    if any(getattr(peft_model.peft_config[part], "use_dora", False) for part in weights):
+        raise AdapterError("DoRA's magnitudes are not combined by peft; combine LoRA adapters")
     thaw_linears(peft_model)
     torch.manual_seed(0)  # DARE drops at random
     try:
@@ -210,10 +219,19 @@ def combine(
             peft_model.add_weighted_adapter(
                 list(weights), list(weights.values()), name, combination_type=kind, density=density
             )
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        _finish(peft_model, weights, name, classes)
+    except Exception as error:  # peft and torch raise their own; half an adapter may not stay
         if name in peft_model.peft_config:
             peft_model.delete_adapter(name)
         raise AdapterError(f"these adapters cannot be combined by {kind}: {error}") from error
+
+
+def _finish(peft_model: Any, weights: Mapping[str, float], name: str, classes: int) -> None:
+    """What peft leaves open of a combination: its scale, how its weights lie, its heads."""
+    peft_model.peft_config[name].use_rslora = False  # the weights of its parts hold their scales
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            module.scaling[name] = 1.0
     for key, parameter in peft_model.named_parameters():
         if f".{name}." in key:  # singular vectors lie by columns, where compiled kernels read by rows
             parameter.data = parameter.data.contiguous()

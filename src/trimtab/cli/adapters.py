@@ -242,8 +242,11 @@ def combine(
     weights: dict[Path, float] = {}
     for given in adapters:
         folder, _, weight = given.rpartition("=")
+        path = Path(folder).expanduser()
+        if path in weights:
+            raise InputError(f"{folder} is given twice; add its weights up")
         try:
-            weights[Path(folder).expanduser()] = float(weight)
+            weights[path] = float(weight)
         except ValueError as error:
             raise InputError(f"{given!r} is no adapter with a weight; write FOLDER=0.5") from error
     quiet_libraries()
