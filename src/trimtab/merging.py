@@ -41,7 +41,8 @@ from trimtab.tasks.preference import Preference
 
 MergeDtype = Literal["float32", "bfloat16", "float16"]
 MergeFormat = Literal["transformers", "gguf"]
-# Largest difference of an output (a logit, or a token's loss) between adapter and merged model that counts as equal.
+# Largest difference of an output between adapter and merged model that counts as equal: of a logit; of a token's loss,
+# which is a sum over a vocabulary, relative to the largest loss where that is above 1.
 BOUNDS: dict[str, float] = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-1}
 # Test rows on which both are held against each other.
 _COMPARED_ROWS = 256
@@ -171,6 +172,8 @@ class _Work:
         metric, value = next(iter(before.items()))
         trained = score["value"] if score.get("metric") == metric else None
         difference, bound = float((merged_outputs - outputs).abs().max()), BOUNDS[self.dtype]
+        if not self.task.has_probe:
+            bound *= max(1.0, float(outputs.abs().max()))
         found = Merge(self.dtype, difference, bound, len(self.rows), metric, value, after[metric], trained,
                       self.facts.get("quantize", "none"))  # fmt: skip
         if not (found.is_equal or self.force):
