@@ -183,7 +183,8 @@ def test_learns_and_comes_back(method, task, family, tmp_path):
     if peft_model is not None:
         with base_alone(peft_model, tuned.untrained_heads):
             assert torch.equal(tuned.alone(base), tuned.start)
-        _, peft_model = tuned.reload(tmp_path / "adapter")
+        if not hasattr(peft_model.active_peft_config, "modules_to_save"):  # its head was given up for that
+            _, peft_model = tuned.reload(tmp_path / "adapter")
         tuned.holds_merged(peft_model, tmp_path / "merged")
 
 
