@@ -67,18 +67,20 @@ struct Chunk {
   void place(int64_t row, int64_t count, int64_t groups, int64_t length, Mask mask) {
     first = row, rows = count, queries = groups * count, width = padded(queries), step = width + LANES;
     begin.assign(width, 0), end.assign(width, 0);
-    for (int64_t c = 0; c < queries; c++) {
-      const int64_t query = row + c % count;
-      begin[c] = static_cast<int32_t>(mask.window ? std::max<int64_t>(query - mask.window + 1, 0) : 0);
-      const int64_t ahead = mask.window ? std::min(query + mask.window, length) : length;
-      end[c] = static_cast<int32_t>(mask.causal ? query + 1 : ahead);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t query = row + i, ahead = mask.window ? std::min(query + mask.window, length) : length;
+      for (int64_t c = i; c < queries; c += count) {
+        begin[c] = static_cast<int32_t>(mask.window ? std::max<int64_t>(query - mask.window + 1, 0) : 0);
+        end[c] = static_cast<int32_t>(mask.causal ? query + 1 : ahead);
+      }
     }
   }
 
   // from: the first head's first row; heads lie `dim` apart.
   void turn(const float* from, int64_t from_step, int64_t groups, int64_t dim, Buffer& to) const {
-    to.assign(dim * step, 0.0f);
+    to.resize(dim * step);
     for (int64_t h = 0; h < groups; h++) turn_rows(from + h * dim, from_step, rows, dim, to.data() + h * rows, step);
+    for (int64_t i = 0; i < dim; i++) std::fill_n(to.data() + i * step + queries, width - queries, 0.0f);
   }
 };
 
@@ -156,22 +158,31 @@ void attention_forward(const float* projected, const int64_t* starts, int64_t te
 void attention_backward(const float* grad, const float* projected, const float* sums, const int64_t* starts,
                         int64_t texts, Shape shape, float scaling, Mask mask, float* grad_projected) {
   const int64_t width = shape.width(), groups = shape.groups(), dim = shape.dim, heads = shape.heads;
-  const int64_t columns = padded(dim);
+  const int64_t columns = padded(dim), to_value = shape.key_heads * dim;
   const std::vector<Job> jobs = list_jobs(starts, texts, shape.key_heads);
-  std::vector<Buffer> by_keys(jobs.size()), by_values(jobs.size());
+  std::vector<Buffer> by_keys(jobs.size()), by_values(jobs.size());  // of texts in parts, and heads of no whole vectors
+  const auto is_in_place = [&](const Job& job) { return job.parts == 1 && columns == dim; };
   PARALLEL {
-    static thread_local Buffer weights, by_scores, largest, inverse, along, turned_grad, q, g, by_query;
-    static thread_local Right right_key;
+    static thread_local Buffer weights, by_scores, largest, inverse, along, turned_grad, by_query;
+    static thread_local Right right_key, right_query, right_grad;
     static thread_local Chunk chunk;
     _Pragma("omp for schedule(dynamic)") for (size_t number = 0; number < jobs.size(); number++) {
       const Job job = jobs[number];
       const int64_t kv = job.kv, start = starts[job.text], length = starts[job.text + 1] - start;
       const int64_t at_once = std::max<int64_t>(QUERIES / groups, 1);
-      Buffer &by_key = by_keys[number], &by_value = by_values[number];
       const float* key = projected + start * width + (heads + kv) * dim;
-      const float* value = key + shape.key_heads * dim;
+      const float* value = key + to_value;
       right_key.take(key, width, length, dim);
-      by_key.assign(length * columns, 0.0f), by_value.assign(length * columns, 0.0f);
+      float* by_key = grad_projected + start * width + (heads + kv) * dim;
+      float* by_value = by_key + to_value;
+      int64_t step = width;
+      if (is_in_place(job)) {
+        for (int64_t j = 0; j < length; j++)
+          std::fill_n(by_key + j * width, dim, 0.0f), std::fill_n(by_value + j * width, dim, 0.0f);
+      } else {
+        by_keys[number].assign(length * columns, 0.0f), by_values[number].assign(length * columns, 0.0f);
+        by_key = by_keys[number].data(), by_value = by_values[number].data(), step = columns;
+      }
       for (int64_t row = job.part * at_once; row < length; row += job.parts * at_once) {
         chunk.place(row, std::min(at_once, length - row), groups, length, mask);
         const int64_t seen = mask.causal ? row + chunk.rows : length, n = chunk.width, rows = chunk.rows;
@@ -179,15 +190,12 @@ void attention_backward(const float* grad, const float* projected, const float* 
         const float* by_out = grad + (start + row) * heads * dim + kv * groups * dim;
         chunk.turn(query, width, groups, dim, chunk.turned);
         chunk.turn(by_out, heads * dim, groups, dim, turned_grad);
-        q.assign(chunk.queries * columns, 0.0f), g.assign(chunk.queries * columns, 0.0f);
         largest.assign(n, 0.0f), inverse.assign(n, 0.0f), along.assign(n, 0.0f);
-        for (int64_t c = 0; c < chunk.queries; c++) {
-          const int64_t h = c / rows, i = c % rows;
-          std::memcpy(q.data() + c * columns, query + i * width + h * dim, dim * sizeof(float));
-          std::memcpy(g.data() + c * columns, by_out + i * heads * dim + h * dim, dim * sizeof(float));
-          const float* kept = sums + ((start + row + i) * heads + kv * groups + h) * 2;
-          largest[c] = kept[0], inverse[c] = kept[1];
-        }
+        for (int64_t h = 0; h < groups; h++)
+          for (int64_t i = 0; i < rows; i++) {
+            const float* kept = sums + ((start + row + i) * heads + kv * groups + h) * 2;
+            largest[h * rows + i] = kept[0], inverse[h * rows + i] = kept[1];
+          }
         weights.resize(seen * n), by_scores.resize(seen * n);
         multiply(seen, n, dim, key, width, 1, chunk.turned.data(), chunk.step, weights.data(), n, false);
         multiply(seen, n, dim, value, width, 1, turned_grad.data(), chunk.step, by_scores.data(), n, false);
@@ -208,7 +216,7 @@ void attention_backward(const float* grad, const float* projected, const float* 
         }
         for (int64_t h = 0; h < groups; h++) {
           float* to = grad_projected + (start + row) * width + (kv * groups + h) * dim;
-          const float* by = by_scores.data() + h * rows;
+          const float *by = by_scores.data() + h * rows, *weight = weights.data() + h * rows;
           if (columns == dim) {
             multiply(rows, dim, seen, by, 1, n, right_key.values, right_key.step, to, width, false);
           } else {
@@ -217,21 +225,23 @@ void attention_backward(const float* grad, const float* projected, const float* 
             for (int64_t i = 0; i < rows; i++)
               std::memcpy(to + i * width, by_query.data() + i * columns, dim * sizeof(float));
           }
+          right_query.take(query + h * dim, width, rows, dim);
+          right_grad.take(by_out + h * dim, heads * dim, rows, dim);
+          multiply(seen, columns, rows, weight, n, 1, right_grad.values, right_grad.step, by_value, step, true);
+          multiply(seen, columns, rows, by, n, 1, right_query.values, right_query.step, by_key, step, true);
         }
-        multiply(seen, columns, chunk.queries, weights.data(), n, 1, g.data(), columns, by_value.data(), columns, true);
-        multiply(seen, columns, chunk.queries, by_scores.data(), n, 1, q.data(), columns, by_key.data(), columns, true);
       }
     }
     _Pragma("omp for schedule(static)") for (size_t number = 0; number < jobs.size(); number++) {
       const Job job = jobs[number];
-      if (job.part) continue;
+      if (job.part || is_in_place(job)) continue;
       const int64_t start = starts[job.text], length = starts[job.text + 1] - start;
       float* to = grad_projected + start * width + (heads + job.kv) * dim;
       for (int64_t part = 0; part < job.parts; part++)
         for (int64_t j = 0; j < length; j++) {
           const float *by_key = by_keys[number + part].data() + j * columns;
           const float* by_value = by_values[number + part].data() + j * columns;
-          float *key = to + j * width, *value = key + shape.key_heads * dim;
+          float *key = to + j * width, *value = key + to_value;
           for (int64_t d = 0; d < dim; d++) {
             key[d] = part ? key[d] + by_key[d] : by_key[d];
             value[d] = part ? value[d] + by_value[d] : by_value[d];

@@ -36,11 +36,39 @@ struct Place {
   int64_t lora_step;
 };
 
-inline void add_extra(const Place& place, int r, int w, Vector& sum) {
+// sums [R, VECTORS] += what is to be added there.
+template <int R>
+inline void add_extra(const Place& place, Vector* sums) {
   const Extra& e = place.extra;
-  if (e.addend) sum += at(e.addend + r * place.step + w * LANES);
-  if (e.bias) sum += at(e.bias + w * LANES);
-  for (int64_t i = 0; i < e.rank; i++) sum += e.small[r * e.rank + i] * at(e.lora_b + i * place.lora_step + w * LANES);
+  if (e.addend) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int w = 0; w < VECTORS; w++) sums[r * VECTORS + w] += at(e.addend + r * place.step + w * LANES);
+  }
+  if (e.bias) {
+#pragma GCC unroll 8
+    for (int w = 0; w < VECTORS; w++)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums[r * VECTORS + w] += at(e.bias + w * LANES);
+  }
+  for (int64_t i = 0; i < e.rank; i++) {
+#pragma GCC unroll 8
+    for (int w = 0; w < VECTORS; w++) {
+      const Vector right = at(e.lora_b + i * place.lora_step + w * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums[r * VECTORS + w] += e.small[r * e.rank + i] * right;
+    }
+  }
+}
+
+template <int R>
+inline void put(const Place& place, const Vector* sums) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < VECTORS; w++)
+      *reinterpret_cast<Vector*>(place.out + r * place.step + w * LANES) = sums[r * VECTORS + w];
 }
 
 // Where a block goes, and what is added to it, for both to be fetched while the sums are taken: a line after each part
@@ -144,15 +172,15 @@ struct Floats {
   void block(int64_t row, const Place& place) const {
     Vector total[R * VECTORS];
     sum_floats<R>(values + row * step, step, panel, depth, Ahead(place), total);
-    for (int r = 0; r < R; r++)
-      for (int w = 0; w < VECTORS; w++) {
-        Vector& sum = total[r * VECTORS + w];
-        if (first)
-          add_extra(place, r, w, sum);
-        else
-          sum += at(place.out + r * place.step + w * LANES);
-        *reinterpret_cast<Vector*>(place.out + r * place.step + w * LANES) = sum;
-      }
+    if (first) {
+      add_extra<R>(place, total);
+    } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int w = 0; w < VECTORS; w++) total[r * VECTORS + w] += at(place.out + r * place.step + w * LANES);
+    }
+    put<R>(place, total);
   }
 };
 
@@ -169,15 +197,18 @@ struct Bytes {
   void block(int64_t row, const Place& place) const {
     Integers total[R * VECTORS];
     sum_bytes<R>(values + row * inner, panel, inner, Ahead(place), total);
+    Vector sums[R * VECTORS];
+#pragma GCC unroll 8
     for (int w = 0; w < VECTORS; w++) {
       const Integers shift = *reinterpret_cast<const Integers*>(sums_of_weight + w * LANES) * 128;
       const Vector scale = column_scale ? at(column_scale + w * LANES) : Vector{} + 1.0f;
-      for (int r = 0; r < R; r++) {
-        Vector sum = __builtin_convertvector(total[r * VECTORS + w] - shift, Vector) * (scale * row_scale[row + r]);
-        add_extra(place, r, w, sum);
-        *reinterpret_cast<Vector*>(place.out + r * place.step + w * LANES) = sum;
-      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+        sums[r * VECTORS + w] =
+            __builtin_convertvector(total[r * VECTORS + w] - shift, Vector) * (scale * row_scale[row + r]);
     }
+    add_extra<R>(place, sums);
+    put<R>(place, sums);
   }
 };
 

@@ -34,8 +34,15 @@ void store(const Want& w, int64_t t, int64_t n, float* __restrict row) {
   std::memcpy(&largest, &bits, 4);
   const float up = 127.0f / largest;
   w.scale[t] = largest * (1.0f / 127.0f);
+  // Beside 1.5 x 2^23 a float has no digits after the point: the sum is rounded, and its lowest byte is the integer.
+  const float rounding = 12582912.0f + 128.0f;
   uint8_t* q = w.quantised + t * n;
-  for (int64_t i = 0; i < n; i++) q[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(row[i] * up)) + 128);
+  for (int64_t i = 0; i < n; i++) {
+    const float rounded = row[i] * up + rounding;
+    uint32_t integer;
+    std::memcpy(&integer, &rounded, 4);
+    q[i] = static_cast<uint8_t>(integer);
+  }
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }

@@ -70,12 +70,14 @@ inline void block(int64_t inner, const float* a, int64_t row_step, int64_t inner
 template <int R>
 inline void strip(int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b,
                   int64_t b_step, float* c, int64_t c_step, bool add) {
-  int64_t j = 0;
-  for (; j + VECTORS * LANES <= columns; j += VECTORS * LANES)
-    block<R, VECTORS>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
-  for (; j + 2 * LANES <= columns; j += 2 * LANES)
-    block<R, 2>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
-  for (; j < columns; j += LANES) block<R, 1>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add);
+  int64_t j = 0, left = columns / LANES;
+#define BLOCK(W) \
+  block<R, W>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add), j += W * LANES, left -= W
+  while (left >= VECTORS && left != 5) BLOCK(VECTORS);  // 5 are 3 and 2: a block of one vector waits for its sums
+  while (left >= 3) BLOCK(3);
+  while (left >= 2) BLOCK(2);
+  while (left) BLOCK(1);
+#undef BLOCK
 }
 
 // c [rows, columns] (+)= a [rows, inner] b [inner, columns]; columns is a multiple of LANES, a may be transposed.
