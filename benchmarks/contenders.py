@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 import time
+import uuid
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,10 +23,9 @@ from trimtab.data import PreparedData, prepare_data
 from trimtab.engine.batches import TrainingPlan
 from trimtab.engine.frozen import NumberFormat, set_adapter_training, trainable_parameters
 from trimtab.engine.loop import make_state
-from trimtab.engine.memory import keep_freed_memory
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.evaluation.evaluate import fit_probe, make_scorer
-from trimtab.methods import attach_adapter, learning_rate_of
+from trimtab.methods import attach_adapter, find_layers, learning_rate_of
 from trimtab.models import load_base, quiet_libraries
 from trimtab.precision import use_float32, use_precision
 from trimtab.progress import Silent
@@ -33,7 +33,7 @@ from trimtab.sources import locate_model
 from trimtab.study_config import StudyConfig, build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import EncodedRows
-from trimtab.tuning import run_loop, start_head_at_probe
+from trimtab.tuning import cached_prefix, free_memory, run_loop, start_head_at_probe
 
 WARM_UP_STEPS = 3
 
@@ -100,7 +100,6 @@ class TrimtabContender:
         )
         self.scorer = make_scorer(task, base, study.max_length_tokens, Silent())
         self.train, self.validation, self.test = map(self.scorer.encode, (data.train, data.validation, data.test))
-        keep_freed_memory()
         self.is_ready = False  # to score in its precision
 
     def attach(self) -> None:
@@ -113,9 +112,9 @@ class TrimtabContender:
         budget = round((self.batch_rows + 0.5) * mean_length(self.train))
         self.plan = TrainingPlan(self.scorer.collator(self.train), budget, self.study.seed, self.study.num_train_epochs)
         set_adapter_training(self.peft_model, True)
-        use_precision(
-            self.precision, self.scorer.task, self.scorer.choice.forward, self.plan[0], Silent(), training=True
-        )
+        batch = self.scorer.first_batch(self.train)
+        use_precision(self.precision, self.scorer.task, self.scorer.choice.forward, batch, Silent(), training=True)
+        free_memory(self.peft_model)
 
     def use_precision_for_scoring(self) -> None:
         batch = self.scorer.first_batch(self.train)
@@ -160,6 +159,10 @@ class TrimtabContender:
 
     def learn(self) -> dict[str, Any]:
         """Everything from the loaded base on counts: features, probe, validation, steps."""
+        with cached_prefix(self.study, self.scorer, uuid.uuid4().hex, Silent()):  # of this process alone
+            return self._learn()
+
+    def _learn(self) -> dict[str, Any]:
         started = time.perf_counter()
         self.use_precision_for_scoring()
         probe, _ = fit_probe(self.scorer, self.train, self.validation)
@@ -176,7 +179,12 @@ class TrimtabContender:
         use_float32(self.scorer.choice.forward)
         seconds = time.perf_counter() - started
         logits = self.scorer.score(self.test).outputs
-        return {"seconds": seconds, "validation": reached, "predicted": logits.argmax(-1).tolist()}
+        return {
+            "seconds": seconds,
+            "seconds_of_steps": self.state.seconds,
+            "validation": reached,
+            "predicted": logits.argmax(-1).tolist(),
+        }
 
 
 class TrainerContender:
@@ -194,7 +202,8 @@ class TrainerContender:
         self.tokenizer = AutoTokenizer.from_pretrained(location)
         labels = {"num_labels": len(data.label_names)} if data.label_names else {}
         model = getattr(transformers, task.auto_class).from_pretrained(location, dtype=torch.float32, **labels)
-        config = LoraConfig(task_type=task.peft_type, r=8, lora_alpha=16, lora_dropout=0.05)
+        layers = find_layers(model, study.layers_to_transform)
+        config = LoraConfig(task_type=task.peft_type, r=8, lora_alpha=16, lora_dropout=0.05, layers_to_transform=layers)
         self.model = get_peft_model(model, config)
         self.splits = {name: self.encode(getattr(data, name)) for name in ("train", "validation", "test")}
         self.labels = {name: [row.label for row in getattr(data, name)] for name in self.splits}

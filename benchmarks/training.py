@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                         everything (over an hour on two cores)
     python benchmarks/training.py --only throughput       about ten minutes
+    python benchmarks/training.py --only upper-half       about ten minutes
     python benchmarks/training.py --models starter:minilm-l6 --seeds 0 1 2
 
 Writes benchmarks/results/*.json; `docs/performance.md` quotes them.
@@ -131,6 +132,25 @@ def measure_learning(model: str, seeds: list[int], train_rows: int, epochs: int)
     return {"train_rows": train_rows, "epochs": epochs, "runs": runs, "contrasts": contrasts}
 
 
+def measure_upper_half(model: str, train_rows: int, epochs: int = 3) -> dict[str, Any]:
+    """Whole trainings of the upper half of the layers: what lies below is computed once, by Trimtab."""
+    found: dict[str, Any] = {"train_rows": train_rows, "epochs": epochs}
+    for name in ("grouped", *OURS):
+        worker = Worker(name, "learn", model, train_rows=train_rows, epochs=epochs, layers_to_transform="upper-half")
+        answer = worker.read()
+        worker.stop()
+        right = np.mean(np.array(answer["labels"]) == answer["predicted"])
+        found[name] = {
+            "seconds": answer["seconds"],
+            "seconds_of_steps": answer.get("seconds_of_steps", answer["seconds"]),
+            "test_accuracy": float(right),
+        }
+        for part in ("seconds", "seconds_of_steps"):
+            found[name][f"peer's {part} to these"] = found["grouped"]["seconds"] / found[name][part]
+        print(f"  {model} upper half, {name}: {json.dumps(found[name])}", flush=True)
+    return found
+
+
 def _as_predictions(ids: list[str], labels: Any, predicted: list[int]) -> ClassPredictions:
     classes = max(int(labels.max()), max(predicted)) + 1
     names = [str(number) for number in range(classes)]
@@ -152,15 +172,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(LINEAR_PARAMETERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", choices=["throughput", "learning"])
-    parser.add_argument("--train-rows", type=int, default=2000, help="of the learning runs")
-    parser.add_argument("--epochs", type=int, default=2, help="of the learning runs")
+    parser.add_argument("--only", choices=["throughput", "learning", "upper-half"])
+    parser.add_argument("--train-rows", type=int, default=2000, help="of the runs that learn")
+    parser.add_argument("--epochs", type=int, default=2, help="of the runs that learn")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     about = {"machine": describe_machine(), "versions": package_versions()}
     for model in arguments.models:
         name = model.removeprefix("starter:")
-        if arguments.only != "learning":
+        if arguments.only in (None, "throughput"):
             gemm = measure_gemm_rates()
             found: dict[str, Any] = {**about, "gemm_gflops": gemm}
             for work, turns, names in (
@@ -170,7 +190,10 @@ def main() -> None:
                 found[work] = measure_throughput(model, work, turns, names, rows=EVALUATION_ROWS[model])
                 print_throughput(model, work, found[work], gemm["float32"] or 0)
             (RESULTS / f"throughput-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        if arguments.only != "throughput":
+        if arguments.only in (None, "upper-half"):
+            upper = {**about, **measure_upper_half(model, arguments.train_rows)}
+            (RESULTS / f"upper-half-{name}.json").write_text(json.dumps(upper, indent=1) + "\n")
+        if arguments.only in (None, "learning"):
             learnt = {**about, **measure_learning(model, arguments.seeds, arguments.train_rows, arguments.epochs)}
             file = f"learning-{name}-{arguments.train_rows}x{arguments.epochs}.json"
             (RESULTS / file).write_text(json.dumps(learnt, indent=1) + "\n")

@@ -42,8 +42,8 @@ _UNPACK_SECONDS = {"none": 0.0, "8bit": 7e-9, "4bit": 7e-9}
 _SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 3.5}
 # How much more transformers' and peft's own layers keep of a token than fused ones.
 _KEPT = {"fused": 1.0, "packed": 2.7, "padded": 1.4}
-# Chunks of logits that the allocator comes to hold for a language model, among other sizes (SmolLM2 on tales).
-_LOGIT_BUFFERS = 21
+# Chunks that a language model holds: logits and probabilities.
+_LOGIT_BUFFERS = 2
 # Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
 _START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 9.0, 6e-9, 4.0
 # Tokens of the batch on which int8 is measured.

@@ -83,9 +83,7 @@ def tune(
     errors = use_precision(
         precision, scorer.task, scorer.choice.forward, scorer.first_batch(data.train), progress, training=True
     )
-    give_back_freed_memory()  # what scoring and measuring left
-    give_back_mapped_pages(*(weight for weight in peft_model.parameters() if not weight.requires_grad))
-    keep_freed_memory()
+    free_memory(peft_model)
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
     use_float32(scorer.choice.forward)
@@ -110,6 +108,13 @@ def tune(
         )
     progress.stage("Scoring what was trained, to be held against its reload")
     save_logits(trial.trained_logits, scorer.score(data.test, progress).outputs)
+
+
+def free_memory(peft_model: Any) -> None:
+    """Give back what scoring and measuring left, and frozen weights that are laid out elsewhere, before the steps."""
+    give_back_freed_memory()
+    give_back_mapped_pages(*(weight for weight in peft_model.parameters() if not weight.requires_grad))
+    keep_freed_memory()
 
 
 def start_adapter(

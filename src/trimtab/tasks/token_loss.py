@@ -7,6 +7,7 @@ at once the states' gradient, so that nothing of the vocabulary's width is kept.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,18 @@ class Readout(NamedTuple):
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def write_logits(self, states: Tensor, out: Tensor) -> Tensor:
+        """`logits` in float32, in the first rows of `out`; without gradients."""
+        out = out[: len(states)]
+        if self.adapted is not None or {self.weight.dtype, states.dtype} != {torch.float32}:
+            return out.copy_(self.logits(states))
+        torch.mm(states, self.weight.t(), out=out)
+        if self.bias is not None:
+            out += self.bias
+        if self.scale != 1.0:
+            out *= self.scale
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
 
 def chunk_positions(vocabulary: int) -> int:
     """Positions whose logits are held at once."""
@@ -64,15 +77,27 @@ def learnt_token_losses(readout: Readout, states: Tensor, labels: Tensor) -> Ten
     return torch.cat([checkpoint(of_chunk, part, wanted, use_reentrant=False) for part, wanted in chunks])
 
 
+@torch.no_grad()
 def token_losses(readout: Readout, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each position, and whether its likeliest token is the true one; both [positions], without gradients."""
     losses, hits = [], []
-    size = chunk_positions(len(readout.weight))
-    for part, wanted in zip(torch.split(states, size), torch.split(labels, size), strict=True):
-        logits = readout.logits(part).float()
-        losses.append(logits.logsumexp(-1) - logits.gather(1, wanted.unsqueeze(1)).squeeze(1))
+    logits_buffer, probabilities_buffer = _chunk_buffers(len(readout.weight), states.device)
+    for part, wanted in zip(*(torch.split(rows, len(logits_buffer)) for rows in (states, labels)), strict=True):
+        logits = readout.write_logits(part, logits_buffer)
+        probabilities = torch.softmax(logits, -1, out=probabilities_buffer[: len(part)])
+        losses.append(_losses(logits, probabilities, wanted.unsqueeze(1)))
         hits.append(logits.argmax(-1) == wanted)
     return torch.cat(losses), torch.cat(hits)
+
+
+@functools.lru_cache(maxsize=1)
+def _chunk_buffers(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits and probabilities of a chunk [positions, vocabulary], kept from batch to batch.
+
+    Between batches the allocator would give parts of such a room to smaller tensors, and find another one for the next.
+    """
+    shape = chunk_positions(vocabulary), vocabulary
+    return torch.empty(shape, device=device), torch.empty(shape, device=device)
 
 
 def _trains(parameter: Tensor | None) -> bool:
@@ -86,14 +111,11 @@ class _FrozenReadout(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, readout: Readout, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         grad = torch.empty_like(states)
-        probabilities = None
-        size = chunk_positions(len(readout.weight))
-        for start in range(0, len(states), size):
-            part = slice(start, start + size)
-            logits, wanted = readout.logits(states[part]).float(), labels[part].unsqueeze(1)
-            # One buffer for all chunks: fresh memory of this size costs more than the softmax itself.
-            probabilities = torch.empty_like(logits) if probabilities is None else probabilities[: len(logits)]
-            by_logits = torch.softmax(logits, -1, out=probabilities)
+        logits_buffer, probabilities_buffer = _chunk_buffers(len(readout.weight), states.device)
+        for start in range(0, len(states), len(logits_buffer)):
+            part = slice(start, start + len(logits_buffer))
+            logits, wanted = readout.write_logits(states[part], logits_buffer), labels[part].unsqueeze(1)
+            by_logits = torch.softmax(logits, -1, out=probabilities_buffer[: len(logits)])
             total += _losses(logits, by_logits, wanted).sum()
             by_logits.scatter_add_(1, wanted, by_logits.new_full(wanted.shape, -1.0))
             if readout.softcap is not None:
