@@ -133,6 +133,18 @@ def test_chunks_give_what_all_logits_give(scale, softcap, with_bias):
     assert torch.equal(hits, readout.logits(states).argmax(-1) == labels)
 
 
+def test_what_was_scored_first_can_be_trained():
+    readout = Readout(torch.randn(37, 4), None, 1.0, None)  # a vocabulary that no other test has
+    states, labels = torch.randn(5, 4), torch.arange(5)
+    with torch.inference_mode():
+        losses, _ = token_losses(readout, states, labels)
+    loss = mean_token_loss(readout, states.requires_grad_(), labels)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), losses.mean().clone())
+    assert states.grad is not None
+    assert states.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "positions"), [(90, 256), (49_152, 256), (151_936, 82), (262_144, 48), (10**6, 32)]
 )

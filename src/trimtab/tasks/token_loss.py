@@ -97,7 +97,8 @@ def _chunk_buffers(vocabulary: int, device: torch.device) -> tuple[Tensor, Tenso
     Between batches the allocator would give parts of such a room to smaller tensors, and find another one for the next.
     """
     shape = chunk_positions(vocabulary), vocabulary
-    return torch.empty(shape, device=device), torch.empty(shape, device=device)
+    with torch.inference_mode(False):  # whoever asks first, training can write to them, too
+        return torch.empty(shape, device=device), torch.empty(shape, device=device)
 
 
 def _trains(parameter: Tensor | None) -> bool:
