@@ -122,6 +122,29 @@ def test_a_broken_download_goes_on_where_it_broke_off(here):
     assert Path(source.location, "model.safetensors").read_bytes() == content
 
 
+def test_shards_of_an_interrupted_fetch_are_completed_and_then_never_asked_for_again(here):
+    from trimtab.progress import Silent
+    from trimtab.sources import locate_model, weight_files
+
+    folder = here.root / "small" / "sharded"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    shards = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    for shard in shards:
+        (folder / shard).write_bytes(os.urandom(100))
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download("small/sharded", shards[0])  # and there the fetch was interrupted
+    source = locate_model("small/sharded", Silent())
+    assert not source.is_local
+    assert [path.name for path in weight_files(source)] == shards
+    asked = len(here.requests)
+    again = locate_model("small/sharded", Silent())
+    assert again.is_local
+    assert [path.name for path in weight_files(again)] == shards
+    assert len(here.requests) == asked
+
+
 def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model_folder):
     data = write_reviews(tmp_path / "reviews.csv", 120)
     done = trimtab(
@@ -146,6 +169,8 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model
     assert json.loads(sent.stdout)["url"].endswith("/commit/1")
     there = hub.root / "small" / "reviews-lora"
     assert {path.name for path in there.iterdir()} == {path.name for path in adapter.iterdir()} - {".env"}
+    assert json.loads((there / "adapter_config.json").read_text())["base_model_name_or_path"] == "small/llama"
+    assert str(tmp_path) not in "".join(path.read_text() for path in there.glob("*.json"))
     shutil.rmtree(tmp_path / "hf")  # another machine, which has to fetch the base as well
     said = trimtab("predict", "small/reviews-lora", "--input", data, "--out", tmp_path / "found.jsonl")
     assert said.returncode == 0, said.stderr

@@ -102,12 +102,16 @@ def test_an_adapter_outside_of_a_run_is_merged_on_given_rows(finished, tmp_path,
         merge_adapter(finished.path, tmp_path / "other", data=str(data))
 
 
-def test_another_dtype_is_written_within_its_bound(finished, tmp_path, monkeypatch):
-    adapter = finished.trial("lora", 0).adapter
-    found = merge_adapter(adapter, tmp_path / "half", "bfloat16")
-    assert 1e-4 < found.max_abs_difference <= found.bound
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype_is_written_within_its_bound(finished, tmp_path, dtype):
+    found = merge_adapter(finished.trial("lora", 0).adapter, tmp_path / "half", dtype)
+    assert 1e-6 < found.max_abs_difference <= found.bound
     with safe_open(tmp_path / "half" / "model.safetensors", "pt") as merged:
-        assert {merged.get_tensor(name).dtype for name in merged.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert {merged.get_tensor(name).dtype for name in merged.keys()} == {getattr(torch, dtype)}  # noqa: SIM118
+
+
+def test_what_differs_by_more_is_written_by_force_only(finished, tmp_path, monkeypatch):
+    adapter = finished.trial("lora", 0).adapter
     monkeypatch.setitem(merging.BOUNDS, "bfloat16", 1e-6)
     with pytest.raises(
         MergeError, match=r"outputs differ by up to .*accuracy .* before and .* after, on \d+ test rows"
@@ -160,6 +164,13 @@ def test_places_without_an_adapter_and_other_bases_are_refused(finished, tmp_pat
             merge_adapter(finished.path, tmp_path / "merged")
     finally:
         write_facts(trial.adapter, facts)
+
+
+def test_onnx_is_refused_with_the_reason(finished, tmp_path):
+    done = run_trimtab("merge", finished.path, "--out", tmp_path / "onnx", "--format", "onnx")
+    assert done.returncode == 2
+    assert "optimum-onnx, whose newest release (0.1.0) asks for transformers<4.58" in " ".join(done.stderr.split())
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_what_gguf_cannot_hold_is_told_before_weights_are_read(finished, tmp_path, model_folder):

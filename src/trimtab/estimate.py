@@ -170,8 +170,9 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
     copies, batch = 0.0, per_token * tokens
     if forward == "fused":
         linear, copies = 0.0 if _is_mapped(job.source) else linear, 4.0 * sizes.linear
-        if _computes_in_int8(study):  # measured against float32 on a few rows; then trained without that
-            measured, trained = (copies, per_token * _MEASURED_TOKENS), (2.0 * sizes.linear, batch)
+        if _computes_in_int8(study):  # measured beside float32 on a few rows; then trained without that
+            several = max(_MEASURED_TOKENS, 0 if job.task.has_probe else study.max_length_tokens)  # a block, at least
+            measured, trained = (6.0 * sizes.linear, per_token * several), (2.0 * sizes.linear, batch)
             copies, batch = max(measured, trained, key=sum)
     vocabulary = (
         4 * _LOGIT_BUFFERS * chunk_positions(sizes.vocabulary) * sizes.vocabulary if not job.task.has_probe else 0

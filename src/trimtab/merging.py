@@ -28,6 +28,7 @@ from trimtab.exporting import (
     GGUF_BOUNDS,
     GGUF_FILE,
     check_gguf,
+    check_onnx,
     convert_to_gguf,
     difference_from_llama_cpp,
 )
@@ -40,7 +41,7 @@ from trimtab.tasks import Task, get_task
 from trimtab.tasks.preference import Preference
 
 MergeDtype = Literal["float32", "bfloat16", "float16"]
-MergeFormat = Literal["transformers", "gguf"]
+MergeFormat = Literal["transformers", "gguf", "onnx"]
 # Largest difference of an output between adapter and merged model that counts as equal: of a logit; of a token's loss,
 # which is a sum over a vocabulary, relative to the largest loss where that is above 1.
 BOUNDS: dict[str, float] = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-1}
@@ -99,6 +100,8 @@ def merge_adapter(
         InputError: no adapter, no rows, another base, a method that cannot be merged, or `out` is taken.
         MergeError: the merged model differs by more than the bound; nothing was written.
     """
+    if output_format == "onnx":
+        check_onnx()
     listener = progress or Silent()
     out, folder = Path(out).expanduser(), _find_adapter(adapter)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

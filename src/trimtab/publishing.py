@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft.utils import CONFIG_NAME
 
-from trimtab.adapters.files import check_folder
+from trimtab.adapters.files import check_folder, write_facts
 from trimtab.errors import AdapterError, SourceError
 from trimtab.progress import Progress, Silent
-from trimtab.runs import TrialFolder
+from trimtab.runs import TrialFolder, read_json, write_json
+from trimtab.sources import hub_id_of
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,11 @@ def push_adapter(
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repository,
-            folder_path=adapter,
-            allow_patterns=list(files),
-            commit_message=message or "Adapter from Trimtab",
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            _copy(adapter, files, Path(folder), facts)
+            done = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=message or "Adapter from Trimtab"
+            )
     except OfflineModeIsEnabled as error:
         raise SourceError("HF_HUB_OFFLINE is set, so nothing can be sent; unset it, or try --dry-run") from error
     except HfHubHTTPError as error:
@@ -81,6 +86,19 @@ def push_adapter(
     except Exception as error:  # by the client's version, those of one HTTP library or another
         raise SourceError(f"the Hub cannot be reached: {str(error).splitlines()[0]}; nothing was sent") from error
     return Push(repository, files, str(done.commit_url))
+
+
+def _copy(adapter: Path, files: Iterable[str], target: Path, facts: Mapping[str, Any]) -> None:
+    """What is sent: peft's config names the base as others find it, not where it lay on this machine."""
+    for name in files:
+        shutil.copyfile(adapter / name, target / name)
+    config = target / CONFIG_NAME
+    if not facts or not config.is_file():
+        return
+    known = read_json(config)
+    known["base_model_name_or_path"] = hub_id_of(facts["base"]) or Path(facts["base"]).name
+    write_json(config, known)
+    write_facts(target, {name: value for name, value in facts.items() if name != "files"})
 
 
 def _check_card(adapter: Path) -> None:

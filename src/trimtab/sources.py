@@ -27,6 +27,7 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _ADAPTER_FILES = (*_MODEL_FILES, "README.md")
 _SETTLED_SECONDS = 2.0
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -37,6 +38,12 @@ class ModelSource:
     name: str
     location: str
     is_local: bool
+
+    @property
+    def lasting_name(self) -> str:
+        """The name under which it is found from any working folder, on any machine where it can be."""
+        is_folder = not self.name.startswith(PREFIX) and Path(self.name).expanduser().is_dir()
+        return self.location if is_folder else self.name
 
 
 def offline() -> bool:
@@ -64,11 +71,24 @@ def locate_model(source: str, progress: Progress) -> ModelSource:
     if revision:
         with _hub_errors("model", source):
             return ModelSource(source, str(_fetch_files(name, revision, _MODEL_FILES)), True)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    with suppress(LocalEntryNotFoundError):  # what was fetched once is not asked for again
+        folder = Path(snapshot_download(source, local_files_only=True))
+        if (folder / "config.json").is_file() and _are_whole(_weights_in(folder)):
+            return ModelSource(source, str(folder), True)
     with _hub_errors("model", source):
         hf_hub_download(source, "config.json")
     return ModelSource(source, source, False)
+
+
+def hub_id_of(base: str) -> str | None:
+    """The base on the Hub: its own id, or the twin of a starter; None for a folder."""
+    if base.startswith(PREFIX):
+        return get_starter(base, "model").hub_twin
+    is_id = "/" in base and not Path(base).expanduser().exists() and _HUB_ID.match(base)
+    return base.partition("@")[0] if is_id else None
 
 
 def locate_adapter(source: str | Path) -> Path:
@@ -164,8 +184,8 @@ def weight_files(source: ModelSource, fetch: bool = True) -> list[Path]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     with suppress(LocalEntryNotFoundError):
-        kept = _weights_in(Path(snapshot_download(source.location, local_files_only=True)))
-        if kept or not fetch:
+        folder = Path(snapshot_download(source.location, local_files_only=True))
+        if _are_whole(kept := _weights_in(folder)) or not fetch:
             return kept
     if not fetch:
         return []
@@ -175,6 +195,12 @@ def weight_files(source: ModelSource, fetch: bool = True) -> list[Path]:
     if not files:
         raise SourceError(f"{source.name} holds no weights on the Hub ({', '.join(_WEIGHTS)}); give another model")
     return files
+
+
+def _are_whole(files: Sequence[Path]) -> bool:
+    """Whether all shards of a model are there: a fetch that was interrupted leaves some."""
+    counts = [int(found[1]) for file in files if (found := _SHARD.search(file.name))]
+    return bool(files) and len(files) >= max(counts, default=1)
 
 
 def _weights_in(folder: Path) -> list[Path]:

@@ -143,7 +143,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
         precision = choose_precision(job.study, scorer.choice.forward, job.progress)
         base_sha256 = fingerprint_model(job.source)
         facts = {
-            "base": job.study.model,
+            "base": job.source.lasting_name,
             "base_sha256": base_sha256,
             "task": job.study.task,
             "label_names": job.data.label_names,

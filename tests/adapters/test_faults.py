@@ -132,7 +132,12 @@ def change_config(adapter, **changes):
     [
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil.code"}}, "auto_mapping names code in 'evil.code'"),
         ({"trust_remote_code": True}, "LORA has no field 'trust_remote_code'"),
-        ({"r": 1_000_000}, "r is 1000000; between 1 and 4096 is expected"),
+        ({"r": 1_000_000}, "r is 1000000; a whole number between 1 and 4096 is expected"),
+        ({"r": "8"}, "r is '8'; a whole number between 1 and 4096 is expected"),
+        ({"r": 1e6}, "r is 1000000.0; a whole number"),
+        ({"rank_pattern": {"q_proj": 1_000_000}}, "rank_pattern of q_proj is 1000000; a whole number between 1 and 4096"),
+        ({"layer_replication": [[0, 1]] * 5000}, "layer_replication holds more than 4096 ranges"),
+        ({"eva_config": {"tokenizer": {"trust_remote_code": True}}}, "asks to run code that comes with a model"),
         ({"peft_type": "OS_SYSTEM"}, "the installed peft has no method 'OS_SYSTEM'"),
     ],
 )  # fmt: skip

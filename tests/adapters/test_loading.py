@@ -15,6 +15,9 @@ from samples import Notes, run_here, write_reviews
 from trimtab.adapters.files import check_config, check_folder, write_facts
 from trimtab.data import Row, read_rows
 from trimtab.errors import AdapterError, SourceError
+from trimtab.evaluation.evaluate import make_scorer
+from trimtab.models import load_base
+from trimtab.progress import Silent
 from trimtab.runs import RunFolder
 from trimtab.study_config import build_study
 
@@ -96,6 +99,71 @@ def test_an_adapter_of_stock_peft_loads_with_a_warning(stock):
     assert torch.allclose(scores(loaded, rows), wanted, atol=1e-5)
 
 
+def test_whoever_asks_for_no_notes_is_warned(stock):
+    with pytest.warns(UserWarning, match="was not saved by Trimtab: whether"):
+        trimtab.load_adapter(stock[0])
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_heads_of_stock_adapters_are_found_in_every_family(model_folder, tmp_path, family, classes):
+    """A lone column is a regression, as transformers has it."""
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder(family), num_labels=classes)
+    targets = ["q_lin", "v_lin"] if family == "distilbert" else ["query", "value"]
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "stock")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(family))
+    texts = ["a joy to watch", "a dull mess truly truly"]
+    with torch.no_grad():
+        wanted = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    loaded = trimtab.load_adapter(tmp_path / "stock", progress=Notes())
+    said = loaded.predict(texts)
+    if classes == 1:
+        assert loaded.scorer.task.name == "regression"
+        assert [record["prediction"] for record in said] == pytest.approx(wanted.flatten().tolist(), abs=1e-5)
+    else:
+        found = torch.tensor([list(record["probabilities"].values()) for record in said])
+        assert torch.allclose(found, wanted.softmax(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", ["prompt_tuning", "prefix_tuning", "p_tuning", "adaption_prompt", "trainable_tokens"]
+)
+def test_the_base_alone_is_the_untrained_one_with_every_method(method, model_folder, tmp_path):
+    run_here(build_study(
+        {"model": str(model_folder("llama")), "train_data": str(write_reviews(tmp_path / "reviews.csv")), "method": method,
+         "num_train_epochs": 1, "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 0.05,
+         "out": str(tmp_path / "run")}
+    ))  # fmt: skip
+    folder = RunFolder(tmp_path / "run")
+    loaded = trimtab.load_adapter(folder.trial(method, 0).adapter)
+    rows = read_rows(folder.test_rows)
+    facts = loaded.facts
+    task = loaded.scorer.task
+    base = load_base(
+        loaded.scorer.base.source, task.auto_class, task.head_settings(facts["label_names"]), facts["seed"]
+    )
+    untrained = make_scorer(task, base, facts["max_length_tokens"], Silent(), facts["virtual_tokens"])
+    wanted = untrained.score(untrained.encode(rows)).outputs
+    tuned = scores(loaded, rows)
+    with loaded.disable():
+        assert torch.allclose(scores(loaded, rows), wanted, atol=1e-5)
+    assert not torch.allclose(tuned, wanted, atol=1e-3)
+    assert torch.allclose(scores(loaded, rows), tuned, atol=1e-5)
+
+
+def test_a_study_with_a_relative_model_is_found_from_elsewhere(model_folder, tmp_path, monkeypatch):
+    shutil.copytree(model_folder("llama"), tmp_path / "here" / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    run_here(build_study(
+        {"model": "base", "train_data": str(write_reviews(tmp_path / "reviews.csv")), "num_train_epochs": 1,
+         "tokens_per_batch": 256, "max_length_tokens": 32, "out": str(tmp_path / "run")}
+    ))  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert trimtab.load_adapter(RunFolder(tmp_path / "run").trial("lora", 0).adapter).label_names == ["bad", "good"]
+
+
 @pytest.mark.parametrize("kind", ["missing", "strange"])
 def test_weights_of_another_build_are_refused(stock, kind):
     folder, *_ = stock
@@ -155,7 +223,7 @@ def test_pickles_and_links_out_are_refused(adapter, stock, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 100_000}, "r is 100000; between 1 and 4096"),
+        ({"r": 100_000}, "r is 100000; a whole number between 1 and 4096"),
         ({"peft_type": "MAGIC"}, "the installed peft has no method 'MAGIC'"),
         ({"lora_alpa": 3}, "LORA has no field 'lora_alpa'; did you mean 'lora_alpha'"),
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping names code in 'os'"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 from trimtab.adapters.files import check_folder, is_whole_model, write_facts
 from trimtab.adapters.merged import check_mergeable, merge_layer
@@ -16,6 +17,7 @@ from trimtab.adapters.origin import guess_facts
 from trimtab.adapters.saving import write_weights
 from trimtab.adapters.switching import (
     attach,
+    base_alone,
     check_name,
     combine,
     set_active,
@@ -50,8 +52,12 @@ class KnownAdapter:
 class AdapterSet:
     """A base with one adapter around it, or several of which one is active, in eval mode."""
 
-    def __init__(self, name: str, known: KnownAdapter, scorer: Scorer, peft_model: Any) -> None:
+    def __init__(
+        self, name: str, known: KnownAdapter, scorer: Scorer, peft_model: Any,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
         self.known = {name: known}
+        self.heads = heads or {}  # the base's own, by module
         self.active = name
         self.scorer = scorer
         self.peft_model = peft_model
@@ -268,7 +274,7 @@ class AdapterSet:
             )
         self._is_disabled = True
         try:
-            with self.peft_model.disable_adapter():
+            with base_alone(self.peft_model, self.heads):
                 yield
         finally:
             self._is_disabled = False

@@ -24,7 +24,14 @@ _FREE = ("README.md",)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MOST_CONFIG_BYTES = 1 << 20
 _MOST_RANK = 4096
-_RANKS = ("r", "target_r", "init_r", "num_virtual_tokens", "adapter_len")
+_RANKS = ("r", "target_r", "init_r", "num_virtual_tokens", "adapter_len", "num_ranks", "subspace_rank")
+_MOST_SIZE = 1 << 16
+_SIZES = (
+    *("token_dim", "num_transformer_submodules", "num_layers", "num_attention_heads", "encoder_hidden_size"),
+    *("encoder_num_layers", "num_tasks", "n_tasks", "n_skills", "n_splits", "num_vectors", "vector_length"),
+)
+# Fields by which peft would read other files.
+_OUTSIDE = ("prompt_tuning_init_state_dict_path", "adapters")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -140,10 +147,25 @@ def check_config(path: Path) -> None:
     library = (config.get("auto_mapping") or {}).get("parent_library", "transformers.")
     if not str(library).startswith("transformers."):
         raise AdapterError(f"{path}: auto_mapping names code in {library!r}, which is not transformers; do not use it")
-    for name in _RANKS:
-        value = config.get(name)
-        if isinstance(value, int) and not 0 < value <= _MOST_RANK:
-            raise AdapterError(f"{path}: {name} is {value}; between 1 and {_MOST_RANK} is expected")
+    for name in _OUTSIDE:
+        if config.get(name):
+            raise AdapterError(f"{path}: {name} names files outside of the adapter; do not use it")
+    if '"trust_remote_code": true' in json.dumps(config).lower():
+        raise AdapterError(f"{path} asks to run code that comes with a model; do not use it")
+    _check_sizes(config, path)
+
+
+def _check_sizes(config: dict[str, Any], path: Path) -> None:
+    ranks = [(name, config.get(name)) for name in _RANKS]
+    pattern = config.get("rank_pattern")
+    if isinstance(pattern, dict):
+        ranks += [(f"rank_pattern of {name}", value) for name, value in pattern.items()]
+    for names, most in ((ranks, _MOST_RANK), ([(name, config.get(name)) for name in _SIZES], _MOST_SIZE)):
+        for name, value in names:
+            if value is not None and not (type(value) is int and 0 < value <= most):
+                raise AdapterError(f"{path}: {name} is {value!r}; a whole number between 1 and {most} is expected")
+    if len(config.get("layer_replication") or []) > _MOST_RANK:
+        raise AdapterError(f"{path}: layer_replication holds more than {_MOST_RANK} ranges; do not use it")
 
 
 def check_tensors(saved: Iterable[str], wanted: Iterable[str], known: Iterable[str], file: Path) -> None:

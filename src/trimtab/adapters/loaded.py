@@ -47,6 +47,10 @@ class LoadedAdapter(AdapterSet):
             return []
         if not self.predicts:
             raise AdapterError(f"{self.path} is a {self.scorer.task.name} adapter, which writes and says no label")
+        pairs = [name for name in set(adapters or [self.active]) & set(self.names)
+                 if self.known[name].facts.get("columns", {}).get("text_pair")]  # fmt: skip
+        if pairs:
+            raise AdapterError(f"{self.known[pairs[0]].path} reads pairs of texts; give rows with both to predict_rows")
         if adapters is None:
             return self.predict_rows(_rows_of(self.scorer.task, texts))
         if len(adapters) != len(texts):

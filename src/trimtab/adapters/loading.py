@@ -11,7 +11,7 @@ from trimtab.adapters.adapter_set import KnownAdapter
 from trimtab.adapters.files import check_folder, is_whole_model
 from trimtab.adapters.loaded import LoadedAdapter
 from trimtab.adapters.origin import find_base
-from trimtab.adapters.switching import check_name, check_weights, weights_that_fit
+from trimtab.adapters.switching import check_name, check_weights, copy_heads, weights_that_fit
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import WholeModel
@@ -53,9 +53,10 @@ def load_adapter(
     known = KnownAdapter(folder, facts, task, scorer.max_length_tokens)
     if is_whole_model(folder):
         return LoadedAdapter(name, known, scorer, WholeModel(model.model).eval())
+    heads = copy_heads(model.model, model.new_modules)
     peft_model = read_adapter(model.model, folder, name)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
-    return LoadedAdapter(name, known, scorer, peft_model)
+    return LoadedAdapter(name, known, scorer, peft_model, heads)
 
 
 def read_adapter(model: Any, folder: Path, name: str = "default") -> PeftModel:

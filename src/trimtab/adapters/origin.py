@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from safetensors import safe_open
 from trimtab.adapters.files import is_whole_model
 from trimtab.errors import AdapterError, SourceError
 from trimtab.models import load_config
-from trimtab.progress import Progress
+from trimtab.progress import Progress, Silent
 from trimtab.sources import ModelSource, fingerprint_model, locate_model
 
 # peft's names of tasks, where another program saved the adapter.
 _TASKS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification", "CAUSAL_LM": "causal_lm",
           "SEQ_2_SEQ_LM": "seq2seq"}  # fmt: skip
-_HEAD_WEIGHTS = (".score.weight", "classifier.weight", "out_proj.weight")
+_HEAD_WEIGHTS = (".score.weight", ".classifier.weight", ".out_proj.weight")
 _DEFAULT_LENGTH_TOKENS = 256
 
 
@@ -61,13 +62,16 @@ def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[Mod
         raise AdapterError(f"{folder / CONFIG_NAME} names no base model; give it (base)")
     if task is None:
         raise AdapterError(f"{folder}: its task_type {config.get('task_type')!r} is none of: {', '.join(_TASKS)}")
-    progress.note(
-        f"{folder} was not saved by Trimtab: whether {name} is its base and its files are whole cannot be checked"
-    )
+    warning = f"{folder} was not saved by Trimtab: whether {name} is its base and its files are whole cannot be checked"
+    progress.note(warning)
+    if isinstance(progress, Silent):  # who hears no notes hears this
+        warnings.warn(warning, stacklevel=2)
     source = locate_model(name, progress)
     names = _label_names(folder, source) if task in ("classification", "token_classification") else []
+    if task == "classification" and len(names) == 1:  # transformers' own sign of a regression
+        task, names = "regression", []
     return source, {
-        "base": name,
+        "base": source.lasting_name,
         "base_sha256": fingerprint_model(source),
         "task": task,
         "label_names": names,

@@ -93,6 +93,45 @@ def weights_that_fit(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def copy_heads(model: Any, new_modules: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """The weights of a base's own head, by module."""
+    return {name: {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
+            for name in new_modules}  # fmt: skip
+
+
+@contextmanager
+def base_alone(peft_model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Within, the base computes without its adapter, and with its own head.
+
+    Args:
+        heads: what `copy_heads` took before the adapter was read, for methods that train the base's only head.
+    """
+    config, model = peft_model.active_peft_config, peft_model.get_base_model()
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    only = {} if wrappers else {name: (model.get_submodule(name), weights) for name, weights in heads.items()}
+    trained = copy_heads(model, list(only))
+    for module, weights in only.values():
+        module.load_state_dict(weights)
+    try:
+        if config.is_prompt_learning and not hasattr(model, "prepare_inputs_for_generation"):
+            # peft's own way asks a classifier how it generates.
+            for wrapper in wrappers:
+                wrapper.enable_adapters(False)
+            peft_model.forward = model.forward
+            try:
+                yield
+            finally:
+                del peft_model.forward
+                for wrapper in wrappers:
+                    wrapper.enable_adapters(True)
+        else:
+            with peft_model.disable_adapter():
+                yield
+    finally:
+        for name, (module, _) in only.items():
+            module.load_state_dict(trained[name])
+
+
 def check_weights(peft_model: Any, folder: Path, name: str) -> None:
     """Refuse a folder whose tensors are not those of the adapter that peft built from its config.
 

@@ -143,7 +143,8 @@ def merge(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the merged weights.")
     ] = "float32",
     output_format: Annotated[
-        Literal["transformers", "gguf"], typer.Option("--format", help="gguf: a file for llama.cpp (extra gguf).")
+        Literal["transformers", "gguf", "onnx"],
+        typer.Option("--format", help="gguf: a file for llama.cpp (extra gguf); onnx is refused, with the reason."),
     ] = "transformers",
     force: Annotated[bool, typer.Option("--force", help="Write it even if its outputs differ.")] = False,
     quiet: Quiet = False,

@@ -10,7 +10,7 @@ from trimtab.report import tables, wording
 from trimtab.report.content import Content, System, Trial
 from trimtab.report.markdown import facts_list, plain, table_grid
 from trimtab.report.number_format import format_count, format_score, format_score_interval
-from trimtab.starters import PREFIX, get_starter
+from trimtab.sources import hub_id_of
 
 # The Hub's names of the tasks, and the class with which stock peft reads an adapter of each.
 _HUB_TASKS = {
@@ -56,13 +56,6 @@ def _name_of(source: object) -> str:
     return Path(text).name if text.startswith(("/", ".", "~")) or text.count("/") > 1 else text
 
 
-def _hub_id_of(base: str) -> str | None:
-    """The base on the Hub: its own id, or the twin of a starter; None for a folder."""
-    if base.startswith(PREFIX):
-        return get_starter(base, "model").hub_twin
-    return base.partition("@")[0] if "/" in base else None
-
-
 def _metadata(content: Content, system: System) -> ModelCardData:
     base, data = (_name_of(content.study.get(name)) for name in ("model", "train_data"))
     task, _ = _HUB_TASKS.get(content.task, ("text-classification", ""))
@@ -81,7 +74,7 @@ def _metadata(content: Content, system: System) -> ModelCardData:
     ]
     return ModelCardData(
         model_name=f"{content.name}-{system.name}",
-        base_model=_hub_id_of(base),
+        base_model=hub_id_of(base),
         library_name="peft",
         pipeline_tag=task,
         tags=["trimtab", str(system.method)],
