@@ -169,7 +169,9 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
     linear = _BYTES[study.quantize] * sizes.linear
     copies, batch = 0.0, per_token * tokens
     if forward == "fused":
-        linear, copies = 0.0 if _is_mapped(job.source) else linear, 4.0 * sizes.linear
+        # Pages of mapped weights go back, but those of a language model are read again to write its samples.
+        goes_back = _is_mapped(job.source) and job.task.has_probe
+        linear, copies = 0.0 if goes_back else linear, 4.0 * sizes.linear
         if _computes_in_int8(study):  # measured beside float32 on a few rows; then trained without that
             several = max(_MEASURED_TOKENS, 0 if job.task.has_probe else study.max_length_tokens)  # a block, at least
             measured, trained = (6.0 * sizes.linear, per_token * several), (2.0 * sizes.linear, batch)
