@@ -15,7 +15,7 @@ import torch
 
 from trimtab.adapters import prove_reload
 from trimtab.data import PreparedData, prepare_data, write_rows
-from trimtab.errors import SourceError, StudyError, TrainingError
+from trimtab.errors import DataError, SourceError, StudyError, TrainingError
 from trimtab.estimate import describe, estimate_job
 from trimtab.evaluation.comparison import compare_systems
 from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
@@ -86,6 +86,8 @@ def _keep_estimate(job: Job) -> None:
         return
     try:
         write_json(job.run.estimate, describe(estimate_job(job)))
+    except DataError:  # a row that cannot be encoded, told before weights are read
+        raise
     except Exception as error:  # builds differ without end, and the run's own checks have passed
         job.progress.note(f"no estimate: {type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -300,6 +301,19 @@ def test_bad_rows_are_told_before_weights_are_read(tmp_path, rows, message):
     study = build_study({"task": "causal_lm", "train_data": str(tmp_path / "rows.jsonl")})
     with pytest.raises(DataError, match=message):
         prepare_data(study, Silent())
+
+
+def test_a_template_that_fails_is_told_before_weights_are_read(model_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer.save_pretrained(folder)
+    turns = [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "the best"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 30)
+    monkeypatch.setattr("trimtab.study.load_base", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(DataError, match="roles must alternate"):
+        run_here(build_study({"task": "causal_lm", "model": str(folder), "train_data": str(tmp_path / "rows.jsonl"),
+                              "out": str(tmp_path / "run")}))  # fmt: skip
 
 
 def test_an_encoder_is_refused(model_folder, tmp_path):
