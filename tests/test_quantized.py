@@ -67,6 +67,13 @@ def test_a_run_on_a_quantised_base(tmp_path, model_folder, bits):
         ]
     torch.testing.assert_close(torch.cat(logits), load_file(trial.logits)["logits"], atol=2e-3, rtol=1e-3)
 
+    said = {}
+    for asked in ([], ["--quantize", bits], ["--quantize", "none"]):
+        done = run_trimtab("predict", trial.adapter, "--input", data, *asked)
+        assert done.returncode == 0, done.stderr
+        said[tuple(asked)] = done.stdout
+    assert said[()] == said["--quantize", bits] != said["--quantize", "none"]
+
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("method", METHODS)

@@ -19,6 +19,12 @@ _TextColumn = Annotated[str | None, typer.Option(help="Column of --data; as it w
 _LabelColumn = Annotated[str | None, typer.Option(help="Column of --data; as it was trained, or by name, if missing.")]
 
 
+_Quantized = Annotated[
+    Literal["none", "8bit", "4bit"] | None,
+    typer.Option("--quantize", help="Hold the base in 8 or 4 bits (extra quant); as it was trained, if missing."),
+]
+
+
 @app.command()
 def predict(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, or a Hub id.")],
@@ -40,6 +46,7 @@ def predict(
     precision: Annotated[
         Literal["float32", "int8"], typer.Option(help="Of the frozen layers: int8 is faster, and differs a little.")
     ] = "float32",
+    quantize: _Quantized = None,
     quiet: Quiet = False,
 ) -> None:
     """Say what a tuned adapter makes of new rows: labels with probabilities, numbers, tags, or texts.
@@ -62,7 +69,7 @@ def predict(
     quiet_libraries()
     set_threads()
     with make_progress(quiet) as progress:
-        loaded = load_adapter(adapter, base, progress=progress)
+        loaded = load_adapter(adapter, base, quantize=quantize, progress=progress)
         records = predict_records(
             loaded, read_records(source), source, text_column=text_column, text_pair_column=text_pair_column,
             precision=precision, progress=progress,
@@ -96,6 +103,7 @@ def generate(
     ] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Let the base write beside it.")] = False,
     base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    quantize: _Quantized = None,
     quiet: Quiet = False,
 ) -> None:
     """Let a tuned language model write: after prompts, rows of a file, or what you type.
@@ -120,7 +128,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     is_chat = {"auto": None, "on": True, "off": False}[chat]
     with make_progress(quiet) as progress:
-        loaded = load_adapter(adapter, base, progress=progress)
+        loaded = load_adapter(adapter, base, quantize=quantize, progress=progress)
         if source is not None:
             records = generate_records(
                 loaded, read_records(source), source, text_column=text_column, sampling=sampling, is_chat=is_chat,
