@@ -2,7 +2,7 @@
 
     python benchmarks/training.py                         everything (over an hour on two cores)
     python benchmarks/training.py --only throughput       about ten minutes
-    python benchmarks/training.py --only upper-half       about ten minutes
+    python benchmarks/training.py --only upper-half       about twenty minutes
     python benchmarks/training.py --models starter:minilm-l6 --seeds 0 1 2
 
 Writes benchmarks/results/*.json; `docs/performance.md` quotes them.

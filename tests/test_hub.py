@@ -132,6 +132,7 @@ def test_shards_of_an_interrupted_fetch_are_completed_and_then_never_asked_for_a
     shards = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
     for shard in shards:
         (folder / shard).write_bytes(os.urandom(100))
+    (folder / "tokenizer.json").write_text("{}")
     from huggingface_hub import hf_hub_download
 
     hf_hub_download("small/sharded", shards[0])  # and there the fetch was interrupted
@@ -143,6 +144,8 @@ def test_shards_of_an_interrupted_fetch_are_completed_and_then_never_asked_for_a
     assert again.is_local
     assert [path.name for path in weight_files(again)] == shards
     assert len(here.requests) == asked
+    next(Path(again.location).glob("tokenizer.json")).unlink()  # another that did not come
+    assert not locate_model("small/sharded", Silent()).is_local
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model_folder):

@@ -105,7 +105,7 @@ def test_an_adapter_outside_of_a_run_is_merged_on_given_rows(finished, tmp_path,
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype_is_written_within_its_bound(finished, tmp_path, dtype):
     found = merge_adapter(finished.trial("lora", 0).adapter, tmp_path / "half", dtype)
-    assert 1e-6 < found.max_abs_difference <= found.bound
+    assert {"bfloat16": 1e-4, "float16": 1e-5}[dtype] < found.max_abs_difference <= found.bound
     with safe_open(tmp_path / "half" / "model.safetensors", "pt") as merged:
         assert {merged.get_tensor(name).dtype for name in merged.keys()} == {getattr(torch, dtype)}  # noqa: SIM118
 

@@ -27,6 +27,7 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _ADAPTER_FILES = (*_MODEL_FILES, "README.md")
 _SETTLED_SECONDS = 2.0
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece.*")
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -71,13 +72,11 @@ def locate_model(source: str, progress: Progress) -> ModelSource:
     if revision:
         with _hub_errors("model", source):
             return ModelSource(source, str(_fetch_files(name, revision, _MODEL_FILES)), True)
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download
 
-    with suppress(LocalEntryNotFoundError):  # what was fetched once is not asked for again
-        folder = Path(snapshot_download(source, local_files_only=True))
-        if (folder / "config.json").is_file() and _are_whole(_weights_in(folder)):
-            return ModelSource(source, str(folder), True)
+    kept = _kept_snapshot(source)
+    if kept is not None and _is_complete(kept):  # what was fetched once is not asked for again
+        return ModelSource(source, str(kept), True)
     with _hub_errors("model", source):
         hf_hub_download(source, "config.json")
     return ModelSource(source, source, False)
@@ -180,21 +179,33 @@ def weight_files(source: ModelSource, fetch: bool = True) -> list[Path]:
     """
     if source.is_local:
         return _weights_in(Path(source.location))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    with suppress(LocalEntryNotFoundError):
-        folder = Path(snapshot_download(source.location, local_files_only=True))
-        if _are_whole(kept := _weights_in(folder)) or not fetch:
-            return kept
-    if not fetch:
-        return []
+    folder = _kept_snapshot(source.location)
+    kept = [] if folder is None else _weights_in(folder)
+    if _are_whole(kept) or not fetch:
+        return kept
     with _hub_errors("model", source.name):
         files = _weights_in(_fetch_files(source.location, None, _MODEL_FILES))
         files = files or _weights_in(_fetch_files(source.location, None, (*_MODEL_FILES, *_WEIGHTS)))
     if not files:
         raise SourceError(f"{source.name} holds no weights on the Hub ({', '.join(_WEIGHTS)}); give another model")
     return files
+
+
+def _kept_snapshot(name: str) -> Path | None:
+    """The folder in the Hub's cache that holds what was fetched of a repository, all of it or a part."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a snapshot holds a model's config, tokenizer and all of its weights."""
+    tokenizer = any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
+    return (folder / "config.json").is_file() and tokenizer and _are_whole(_weights_in(folder))
 
 
 def _are_whole(files: Sequence[Path]) -> bool:

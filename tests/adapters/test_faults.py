@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import trimtab
 from samples import run_here, write_reviews
-from trimtab.adapters.files import check_folder, write_facts
+from trimtab.adapters.files import check_config, check_folder, write_facts
 from trimtab.data import read_rows
 from trimtab.errors import AdapterError, SourceError
 from trimtab.runs import RunFolder
@@ -125,6 +125,21 @@ def change_config(adapter, **changes):
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | changes))
     write_facts(adapter, json.loads((adapter / FACTS).read_text()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "/etc/weights.bin"},
+         "prompt_tuning_init_state_dict_path names files outside of the adapter"),
+        ({"peft_type": "XLORA", "adapters": {"0": "../other"}}, "adapters names files outside of the adapter"),
+        ({"peft_type": "P_TUNING", "encoder_hidden_size": 1 << 30}, "encoder_hidden_size is 1073741824; a whole number"),
+    ],
+)  # fmt: skip
+def test_configs_name_no_other_files_and_no_huge_sizes(tmp_path, config, message):
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=message):
+        check_config(tmp_path / CONFIG)
 
 
 @pytest.mark.parametrize(
