@@ -84,7 +84,8 @@ The same study with its base in four formats: SmolLM2 on film reviews, LoRA. `--
 in kernels of its own, and scores in float32, whose weights it reads from their file again; bitsandbytes holds 8 or 4
 bits only, and takes them apart again for each product. Peak memory is that of the whole process, reading the weights
 included. Rows may be of different days and versions of Trimtab: on a shared machine their speeds do not compare
-well, and docs/performance.md has float32 and int8 in turns. The bitsandbytes rows are from before weights were held once.
+well, and docs/performance.md has float32 and int8 in turns.
+The bitsandbytes rows are from before weights were held once.
 
 | base | peak memory | training tokens/s | accuracy [95 % interval] |
 | --- | --: | --: | --: |"""
