@@ -26,6 +26,7 @@ FLOORS = [
     "adapters",
     "precision",
     "generation",
+    "sampling",
     "evaluation.evaluate",
     "job",
     "evaluation",

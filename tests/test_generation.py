@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trimtab
 from samples import run_here, run_trimtab, write_reviews, write_tales
 from trimtab.errors import AdapterError
-from trimtab.generation import Sampling
 from trimtab.runs import RunFolder, read_jsonl
+from trimtab.sampling import Sampling
 from trimtab.study_config import build_study
 
 PROMPTS = ["the best film", "superb acting and a fine story truly", "a joy"]
@@ -69,6 +69,25 @@ def test_sampling_is_seeded(loaded):
     assert write(1) == write(1)
     assert write(1) != write(2)
     assert loaded.generate(PROMPTS, Sampling(12, top_k=1)) == loaded.generate(PROMPTS, Sampling(12))
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 1.5}, {"top_p": 0.9}, {"top_k": 5, "temperature": 0.8}])
+def test_a_sampled_text_does_not_depend_on_its_batch(loaded, asked):
+    sampling = Sampling(12, **asked)
+    together = loaded.generate(PROMPTS, sampling)
+    assert [loaded.generate([prompt], sampling)[0] for prompt in PROMPTS] == together
+    assert loaded.generate(PROMPTS[::-1], sampling) == together[::-1]
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    logits, keep = torch.tensor([0.0, 1.0, 2.0, -1.0]), 0.9
+    prompts = [[number] for number in range(4000)]
+    for top_p, wanted in ((None, logits.softmax(0)), (keep, logits[:3].softmax(0))):
+        processors = Sampling(temperature=1.0, top_p=top_p).settings(prompts)["logits_processor"]
+        drawn = processors(torch.tensor(prompts), logits.repeat(len(prompts), 1)).argmax(-1)
+        shares = drawn.bincount(minlength=len(logits)) / len(prompts)
+        assert (shares[: len(wanted)] - wanted).abs().max() < 0.025  # three standard errors
+        assert shares[len(wanted) :].sum() == 0
 
 
 def test_text_is_heard_while_it_is_written(loaded):

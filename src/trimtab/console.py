@@ -21,9 +21,9 @@ from trimtab.runs import SystemFolder, read_json
 if TYPE_CHECKING:
     from trimtab.adapters import LoadedAdapter
     from trimtab.estimate import Estimate
-    from trimtab.generation import Sampling
     from trimtab.merging import Merge
     from trimtab.publishing import Push
+    from trimtab.sampling import Sampling
     from trimtab.support import Support
 
 _SECONDS_BETWEEN_LINES = 15.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,38 +11,11 @@ import torch
 from trimtab.engine.batches import pad_right, plan_batches
 from trimtab.engine.forward import use_stock_attention
 from trimtab.progress import Progress
+from trimtab.sampling import Sampling
 from trimtab.tasks.examples import Example
 
-# The likeliest token each time, whatever the model's own generation settings ask for (BART's ask for length).
-_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None, "min_length": 0,
-           "no_repeat_ngram_size": 0}  # fmt: skip
 # Tokens of sources and answers that are held at once.
 _ANSWER_TOKENS_PER_BATCH = 4096
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, by transformers' own names: the likeliest each time where nothing says otherwise."""
-
-    max_new_tokens: int = 128
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """For `generate`."""
-        kept = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
-        if self.temperature is None and self.top_p is None and self.top_k is None:
-            return _GREEDY | kept
-        asked = {
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": self.top_k or 0,
-        }
-        return _GREEDY | kept | asked | {"do_sample": True}
 
 
 def continue_prompts(
@@ -65,14 +37,13 @@ def continue_prompts(
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = next(model.parameters()).device
-    torch.manual_seed(sampling.seed)
     with torch.inference_mode(), _stock_attention(model):
         written = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             pad_token_id=pad,
             streamer=_streamer(tokenizer, on_text),
-            **sampling.settings,
+            **sampling.settings(prompts),
         )
     return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in written.tolist()]
 
@@ -95,12 +66,11 @@ def write_answers(
         ids = pad_right([sources[row] for row in rows], tokenizer.pad_token_id)
         mask = pad_right([[1] * len(sources[row]) for row in rows], 0)
         with torch.inference_mode():
-            torch.manual_seed(sampling.seed)
             written = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 streamer=_streamer(tokenizer, on_text),
-                **sampling.settings,
+                **sampling.settings([sources[row] for row in rows]),
             )
         texts = tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
         answers |= dict(zip(rows, map(str.strip, texts), strict=True))

@@ -32,10 +32,11 @@ from trimtab.exporting import (
     convert_to_gguf,
     difference_from_llama_cpp,
 )
-from trimtab.generation import Sampling, write_answers
+from trimtab.generation import write_answers
 from trimtab.models import BaseModel, load_base
 from trimtab.progress import Progress, Silent
 from trimtab.runs import RunFolder, write_folder, write_json
+from trimtab.sampling import Sampling
 from trimtab.sources import ModelSource, fingerprint_model, locate_adapter, weight_files
 from trimtab.tasks import Task, get_task
 from trimtab.tasks.preference import Preference

@@ -15,9 +15,9 @@ from trimtab.data.reading import stream_file
 from trimtab.engine.frozen import NumberFormat
 from trimtab.errors import DataError, StudyError
 from trimtab.evaluation.unlabelled import Record, row_without_label, text_in
-from trimtab.generation import Sampling
 from trimtab.progress import Progress, Silent
 from trimtab.runs import parse_jsonl, write_file
+from trimtab.sampling import Sampling
 
 OutputFormat = Literal["jsonl", "csv", "parquet"]
 # Rows that are held at once.

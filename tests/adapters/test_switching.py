@@ -10,8 +10,8 @@ from samples import run_here, write_reviews
 from trimtab.adapters import switching
 from trimtab.engine import lora
 from trimtab.errors import AdapterError
-from trimtab.generation import Sampling
 from trimtab.runs import RunFolder
+from trimtab.sampling import Sampling
 from trimtab.study_config import build_study
 
 TEXTS = [

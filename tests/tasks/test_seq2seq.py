@@ -24,9 +24,10 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.statistics import bootstrap_metrics
 from trimtab.evaluation.text_predictions import TextPredictions
-from trimtab.generation import Sampling, write_answers
+from trimtab.generation import write_answers
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_json, read_jsonl
+from trimtab.sampling import Sampling
 from trimtab.study import check_study
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task

@@ -15,9 +15,10 @@ from trimtab.errors import InputError
 from trimtab.evaluation.evaluate import predict_outputs
 from trimtab.evaluation.predictions import Predictions
 from trimtab.evaluation.preference_predictions import PreferencePredictions
-from trimtab.generation import Sampling, write_answers
+from trimtab.generation import write_answers
 from trimtab.progress import Progress
 from trimtab.runs import RunFolder
+from trimtab.sampling import Sampling
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.preference import Preference, refer_to
 

@@ -14,9 +14,10 @@ from trimtab.engine.lora import can_mix
 from trimtab.engine.mixed import mix_of_rows, mixing
 from trimtab.errors import AdapterError
 from trimtab.evaluation.unlabelled import SAY, Record, row_without_label
-from trimtab.generation import Sampling, continue_prompts, write_answers
+from trimtab.generation import continue_prompts, write_answers
 from trimtab.precision import use_float32, use_precision
 from trimtab.progress import Progress, Silent
+from trimtab.sampling import Sampling
 from trimtab.tasks import Task
 from trimtab.tasks.causal_lm import CausalLM, encode_prompt
 from trimtab.tasks.examples import EncodedRows, Example

@@ -8,9 +8,10 @@ from itertools import islice
 from trimtab.adapters.loaded import LoadedAdapter
 from trimtab.data import Row
 from trimtab.evaluation.text_predictions import TextPredictions
-from trimtab.generation import Sampling, continue_prompts
+from trimtab.generation import continue_prompts
 from trimtab.models import load_base
 from trimtab.progress import Progress
+from trimtab.sampling import Sampling
 from trimtab.sources import locate_model
 from trimtab.tasks.causal_lm import prompt_of
 from trimtab.tasks.examples import EncodedRows

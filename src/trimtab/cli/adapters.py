@@ -118,10 +118,10 @@ def generate(
     """
     from trimtab.adapters import load_adapter
     from trimtab.console import make_progress, write_interactively
-    from trimtab.generation import Sampling
     from trimtab.machine import set_threads
     from trimtab.models import quiet_libraries
     from trimtab.prediction import generate_records, read_records, write_records
+    from trimtab.sampling import Sampling
 
     quiet_libraries()
     set_threads()

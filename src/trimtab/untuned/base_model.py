@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from trimtab.evaluation.evaluate import Scorer, peak_memory_bytes, predict_outputs, record_system, scoring_cost
-from trimtab.generation import Sampling, write_answers
+from trimtab.generation import write_answers
 from trimtab.job import EncodedSplits, Job
 from trimtab.models import count_parameters
+from trimtab.sampling import Sampling
 from trimtab.tasks.seq2seq import longest_target
 
 NAME = "base-model"
