@@ -1,7 +1,8 @@
 """A small Hub on this machine: repositories are folders, served by the routes that `huggingface_hub` asks for.
 
 Models lie in `root/<owner>/<name>`, data sets in `root/datasets/<owner>/<name>`, another revision of either in
-`<name>@<revision>` beside it; a repository with a file named `.gated` answers 401. Uploads are written there.
+`<name>@<revision>` beside it; a repository with a file named `.gated` answers 401. Uploads are written there,
+weights through the routes of Git LFS.
 The client is the real one, pointed here by `HF_ENDPOINT`.
 """
 
@@ -20,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 _API = re.compile(
     r"^/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.*))?)?$"
 )
+_LFS_BATCH = re.compile(r"^/[^/]+/[^/]+\.git/info/lfs/objects/batch$")
+_LFS_OBJECT = re.compile(r"^/lfs/([0-9a-f]{64})$")
 _FILE = re.compile(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 
@@ -37,6 +40,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.cut_once: set[str] = set()
         self.resumed: list[tuple[str, int]] = []
+        self.large: dict[str, bytes] = {}  # what was sent by Git LFS and waits for its commit
 
     @property
     def url(self) -> str:
@@ -67,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
+    do_PUT = do_POST  # noqa: N815
+
     def _answer(self, body: bytes) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append((self.command, path))
@@ -76,6 +82,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := _FILE.match(path):
             is_data, name, revision, file = match.groups()
             self._send_file(bool(is_data), name, revision, file)
+        elif _LFS_BATCH.match(path):
+            objects = [{**one, "authenticated": True, "actions": {"upload": {"href": f"{self.server.url}/lfs/{one['oid']}"}}}
+                       for one in json.loads(body)["objects"]]  # fmt: skip
+            self._send_json({"transfer": "basic", "objects": objects})
+        elif (match := _LFS_OBJECT.match(path)) and _digest(body) == match[1]:
+            self.server.large[match[1]] = body
+            self._send(200, b"")
         elif path == "/api/repos/create":
             asked = json.loads(body)
             if asked.get("organization") == "others":
@@ -113,12 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         if what == "preupload":
-            self._send_json({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                       for file in json.loads(body)["files"]]})  # fmt: skip
+            asked = [file["path"] for file in json.loads(body)["files"]]
+            self._send_json({"files": [{"path": name, "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
+                                        "shouldIgnore": False} for name in asked]})  # fmt: skip
         elif what == "commit":
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     (folder / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+                elif line["key"] == "lfsFile":
+                    (folder / line["value"]["path"]).write_bytes(self.server.large.pop(line["value"]["oid"]))
             self._send_json(
                 {"success": True, "commitOid": _commit(folder), "commitUrl": f"{self.server.url}/{name}/commit/1"}
             )

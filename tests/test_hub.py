@@ -26,6 +26,12 @@ def hub(tmp_path_factory, model_folder):
     data.mkdir(parents=True)
     write_reviews(data / "train.csv", 120)
     write_reviews(data / "test.csv", 60, seed=1)
+    other = root / "datasets" / "small" / "reviews@v2"
+    other.mkdir()
+    write_reviews(other / "train.csv", 50, labels=("fresh", "rotten"))
+    gated_data = root / "datasets" / "small" / "gated"
+    gated_data.mkdir()
+    (gated_data / ".gated").touch()
     shutil.copytree(model_folder("bert"), root / "small" / "llama@v2")
     with HubServer(root) as server:
         yield server
@@ -35,10 +41,10 @@ def hub(tmp_path_factory, model_folder):
 def trimtab(hub, tmp_path):
     """The command with this Hub as its Hub, and a cache of its own."""
 
-    def run(*arguments, **variables):
+    def run(*arguments, program=("-m", "trimtab"), **variables):
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), **variables}
-        command = [sys.executable, "-m", "trimtab", *map(str, arguments)]
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **variables}
+        command = [sys.executable, *program, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     return run
@@ -72,8 +78,10 @@ def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
         (["--model=small/gated", "--train-data=small/reviews"], "model 'small/gated' cannot be had from the Hub: 401"),
         (["--model=small/llama@v9", "--train-data=small/reviews"], "model 'small/llama@v9' cannot be had from the Hub"),
         (["--model=small/llama", "--train-data=small/nothing"], "data 'small/nothing' is neither a file or folder here"),
+        (["--model=small/llama", "--train-data=small/gated"], "data 'small/gated' is neither a file or folder here"),
+        (["--model=small/llama", "--train-data=small/reviews@v9"], "data 'small/reviews@v9' is neither a file or folder"),
     ],
-    ids=["no such model", "gated model", "no such revision", "no such data"],
+    ids=["no such model", "gated model", "no such revision", "no such data", "gated data", "no such revision of data"],
 )  # fmt: skip
 def test_what_the_hub_does_not_give_is_one_clear_error(trimtab, tmp_path, flags, message):
     done = trimtab("run", *flags, *SETTINGS, f"--out={tmp_path / 'run'}")
@@ -104,6 +112,72 @@ def test_a_revision_is_pinned(here):
     kinds = [load_config(source).model_type for source in (main, pinned)]
     assert kinds == ["llama", "bert"]
     assert fingerprint_model(main) != fingerprint_model(pinned)
+
+
+def test_data_of_a_revision_are_those_of_that_revision(trimtab):
+    code = "; ".join([
+        "from trimtab.data.reading import read_source",
+        "from trimtab.progress import Silent",
+        "tables = [read_source(n, Silent()).splits['train'] for n in ('small/reviews@v2', 'small/reviews')]",
+        "print([sorted({row['label'] for row in table.rows}) for table in tables])",
+    ])  # fmt: skip
+    done = trimtab(code, program=["-c"])
+    assert "[['fresh', 'rotten'], ['bad', 'good']]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("small/nothing", "adapter 'small/nothing' cannot be had from the Hub: 404"),
+        ("small/gated", "adapter 'small/gated' cannot be had from the Hub: 401"),
+        ("small/llama@v9", "adapter 'small/llama@v9' cannot be had from the Hub"),
+    ],
+)
+def test_an_adapter_that_the_hub_does_not_give_is_one_clear_error(here, name, message):
+    from trimtab.errors import SourceError
+    from trimtab.sources import locate_adapter
+
+    with pytest.raises(SourceError, match=message):
+        locate_adapter(name)
+
+
+def test_an_adapter_that_lies_here_whole_is_not_asked_for_again(here, finished_adapter):
+    from trimtab.sources import locate_adapter
+
+    there = here.root / "small" / "kept"
+    shutil.copytree(finished_adapter, there)
+    shutil.copytree(finished_adapter, here.root / "small" / "kept@v2")
+    (here.root / "small" / "kept@v2" / "README.md").write_text("the second one")
+    folder, other = locate_adapter("small/kept"), locate_adapter("small/kept@v2")
+    assert (other / "README.md").read_text() == "the second one"
+    asked = len(here.requests)
+    assert locate_adapter("small/kept") == folder
+    assert locate_adapter(f"small/kept@{other.name}") == other  # a commit never moves
+    assert len(here.requests) == asked
+    (folder / "adapter_model.safetensors").unlink()
+    assert (locate_adapter("small/kept") / "adapter_model.safetensors").is_file()
+    assert len(here.requests) > asked
+
+
+def test_a_fingerprint_is_kept_until_the_weights_change(tmp_path, model_folder, monkeypatch):
+    from trimtab import sources
+    from trimtab.progress import Silent
+
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "base")
+    weights = folder / "model.safetensors"
+    before = (1_600_000_000_000_000_000,) * 2
+    os.utime(weights, ns=before)
+    source = sources.locate_model(str(folder), Silent())
+    monkeypatch.setattr(sources, "_SETTLED_SECONDS", -1.0)  # or the copy is too fresh to be trusted
+    found = sources.fingerprint_model(source)
+    with monkeypatch.context() as context:
+        context.delattr(sources, "fingerprint_files")
+        assert sources.fingerprint_model(source) == found
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=before)  # the same size and time: the time of the inode's change tells
+    assert sources.fingerprint_model(source) != found
 
 
 def test_a_broken_download_goes_on_where_it_broke_off(here):

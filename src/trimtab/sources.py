@@ -19,9 +19,10 @@ from pathlib import Path
 from trimtab.cache import cache_folder
 from trimtab.errors import SourceError, TrimtabError
 from trimtab.progress import Progress
-from trimtab.runs import read_json, write_json
+from trimtab.runs import TrialFolder, read_json, write_json
 from trimtab.starters import PREFIX, STARTERS, Starter, fetch_starter, get_starter
 
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")  # the one kind of revision that never moves
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 # What a model or an adapter is made of; in a repository, weights in other formats lie beside these.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -101,6 +102,10 @@ def locate_adapter(source: str | Path) -> Path:
     if path.exists() or isinstance(source, Path) or "/" not in text or not _HUB_ID.match(text):
         return path
     name, _, revision = text.partition("@")
+    if not revision or _COMMIT.match(revision):
+        kept = _kept_snapshot(name, revision or None)
+        if kept is not None and _is_complete_adapter(kept):
+            return kept
     with _hub_errors("adapter", text):
         return _fetch_files(name, revision or None, _ADAPTER_FILES)
 
@@ -191,13 +196,13 @@ def weight_files(source: ModelSource, fetch: bool = True) -> list[Path]:
     return files
 
 
-def _kept_snapshot(name: str) -> Path | None:
+def _kept_snapshot(name: str, revision: str | None = None) -> Path | None:
     """The folder in the Hub's cache that holds what was fetched of a repository, all of it or a part."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 
@@ -206,6 +211,13 @@ def _is_complete(folder: Path) -> bool:
     """Whether a snapshot holds a model's config, tokenizer and all of its weights."""
     tokenizer = any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS)
     return (folder / "config.json").is_file() and tokenizer and _are_whole(_weights_in(folder))
+
+
+def _is_complete_adapter(folder: Path) -> bool:
+    """Whether a snapshot holds what an adapter's facts name; without facts, peft's two files."""
+    facts = TrialFolder.facts_in(folder)
+    names = read_json(facts)["files"] if facts.is_file() else ("adapter_config.json", "adapter_model.safetensors")
+    return all((folder / name).is_file() for name in names)
 
 
 def _are_whole(files: Sequence[Path]) -> bool:
