@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import random
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -12,8 +14,11 @@ import pytest
 
 import trimtab
 from samples import run_here, run_trimtab, write_reviews
+from trimtab.engine.fused import native
 from trimtab.errors import AdapterError, DataError
+from trimtab.precision import use_float32
 from trimtab.prediction import ROWS_AT_ONCE, predict_records, read_records, write_records
+from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.study_config import build_study
 
@@ -77,6 +82,57 @@ def test_columns_are_those_that_it_was_trained_on(tmp_path, model_folder):
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
     with pytest.raises(DataError, match="rows:1: no column 'hypothesis'; its columns are: premise"):
         list(predict_records(loaded, [({"premise": "a joy"}, 1)], "rows"))
+
+
+@pytest.mark.skipif(not native.has_int8(), reason="no int8 instructions here: auto is float32")
+def test_auto_says_the_labels_of_float32_from_int8(finished):
+    loaded = trimtab.load_adapter(finished.trial("lora", 0).adapter)
+    words = [
+        "a",
+        "joy",
+        "to",
+        "watch",
+        "warm",
+        "funny",
+        "wise",
+        "best",
+        "worst",
+        "film",
+        "superb",
+        "dull",
+        "slow",
+        "loud",
+        "weak",
+        "fine",
+        "story",
+        "year",
+    ]
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=draw.randint(2, 12))) for _ in range(ROWS_AT_ONCE + 300)]
+    told = Heard()
+
+    def predict(precision):
+        records = (({"text": text}, number) for number, text in enumerate(texts, 1))
+        return list(predict_records(loaded, records, "texts", precision=precision, progress=told))
+
+    exact, rounded = predict("float32"), predict("int8")
+    use_float32(loaded.scorer.choice.forward)
+    quick = predict("auto")
+    assert [row["prediction"] for row in quick] == [row["prediction"] for row in exact]
+    assert any(a["probabilities"] != b["probabilities"] for a, b in zip(exact, rounded, strict=True))
+    again = sum(ours["probabilities"] == theirs["probabilities"] for ours, theirs in zip(exact, quick, strict=True))
+    said = re.search(r"(\d+) of 812 rows were computed in float32 as well", told.notes[-1])
+    assert 0 < again <= int(said[1]) < 812
+
+
+class Heard(Silent):
+    """Keeps what is told."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 def test_standard_input_and_output(finished):

@@ -6,11 +6,13 @@ import csv
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from trimtab.adapters import LoadedAdapter
+from trimtab.adapters.quick_labels import QuickLabels
+from trimtab.data import Row
 from trimtab.data.reading import stream_file
 from trimtab.engine.frozen import NumberFormat
 from trimtab.errors import DataError, StudyError
@@ -33,7 +35,7 @@ def predict_records(
     *,
     text_column: str | None = None,
     text_pair_column: str | None = None,
-    precision: NumberFormat = "float32",
+    precision: NumberFormat | Literal["auto"] = "float32",
     progress: Progress | None = None,
 ) -> Iterator[Record]:
     """Each record with what the adapter says of it: `prediction`, and `probabilities` where it has some.
@@ -43,6 +45,8 @@ def predict_records(
         source: what errors call them.
         text_column, text_pair_column: if missing, those that the adapter was trained on; else found by name.
         precision: of the frozen layers; in int8 those compute whose error on the first rows is within bounds.
+            auto: int8 for rows whose label that cannot change, float32 for the others (`QuickLabels`), where that
+            is faster; else float32.
 
     Raises:
         DataError: a record without a text (with its line).
@@ -55,17 +59,30 @@ def predict_records(
     columns = adapter.facts.get("columns", {})
     pair_column = text_pair_column or columns.get("text_pair")
     stream = iter(records)
+    quick: QuickLabels | None = None
     while chunk := list(itertools.islice(stream, ROWS_AT_ONCE)):
         text_column = text_column or _found_in(chunk[0][0], columns.get("text"))
         rows = [
             row_without_label(task.name, record, f"{source}:{line}", text_column, pair_column) for record, line in chunk
         ]
-        if not done and precision != "float32":
-            adapter.compute_in(precision, rows, listener)
-        for (record, _), said in zip(chunk, adapter.predict_rows(rows), strict=True):
+        if not done:
+            quick = _use_precision(adapter, precision, rows, listener)
+        for (record, _), said in zip(chunk, (quick or adapter).predict_rows(rows), strict=True):
             yield record | said
         done += len(chunk)
         listener.advance(done, done, "rows")
+    if quick is not None:
+        listener.note(f"{quick.again:,} of {quick.rows:,} rows were computed in float32 as well")
+
+
+def _use_precision(
+    adapter: LoadedAdapter, precision: NumberFormat | Literal["auto"], rows: Sequence[Row], progress: Progress
+) -> QuickLabels | None:
+    if precision == "auto":
+        return QuickLabels(adapter, rows, progress) if QuickLabels.serves(adapter) else None
+    if precision != "float32":
+        adapter.compute_in(precision, rows, progress)
+    return None
 
 
 def generate_records(

@@ -44,7 +44,11 @@ def predict(
         Literal["tuned", "none"], typer.Option("--adapter", help="none: the base alone, whose head has learnt nothing.")
     ] = "tuned",
     precision: Annotated[
-        Literal["float32", "int8"], typer.Option(help="Of the frozen layers: int8 is faster, and differs a little.")
+        Literal["float32", "int8", "auto"],
+        typer.Option(
+            help="Of the frozen layers: int8 is faster, and differs a little; auto has float32's labels from int8, "
+            "computing rows anew that lie near a boundary."
+        ),
     ] = "float32",
     quantize: _Quantized = None,
     quiet: Quiet = False,
