@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import trimtab
-from samples import run_here, run_trimtab, write_reviews
+from samples import Notes, run_here, run_trimtab, write_reviews
 from trimtab.engine.fused import native
 from trimtab.errors import AdapterError, DataError
 from trimtab.precision import use_float32
 from trimtab.prediction import ROWS_AT_ONCE, predict_records, read_records, write_records
-from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.study_config import build_study
 
@@ -109,7 +108,7 @@ def test_auto_says_the_labels_of_float32_from_int8(finished):
     ]
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words, k=draw.randint(2, 12))) for _ in range(ROWS_AT_ONCE + 300)]
-    told = Heard()
+    told = Notes()
 
     def predict(precision):
         records = (({"text": text}, number) for number, text in enumerate(texts, 1))
@@ -123,16 +122,6 @@ def test_auto_says_the_labels_of_float32_from_int8(finished):
     again = sum(ours["probabilities"] == theirs["probabilities"] for ours, theirs in zip(exact, quick, strict=True))
     said = re.search(r"(\d+) of 812 rows were computed in float32 as well", told.notes[-1])
     assert 0 < again <= int(said[1]) < 812
-
-
-class Heard(Silent):
-    """Keeps what is told."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
 
 
 def test_standard_input_and_output(finished):

@@ -99,7 +99,7 @@ def estimate_job(job: Job) -> Estimate:
     trainable, total = (0, 0) if peft_model is None else peft_model.get_nb_trainable_parameters()
     forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
 
-    tokenizer = load_tokenizer(job.source)
+    tokenizer = load_tokenizer(job.source, study.added_tokens)
     length = usable_length(model, study.max_length_tokens)
     tokens = {
         split: _count_tokens(job, getattr(job.data, split), tokenizer, model, length)

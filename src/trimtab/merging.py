@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from trimtab.adapters.files import check_folder, is_whole_model
 from trimtab.adapters.judging import find_test_rows
 from trimtab.adapters.loading import read_adapter
 from trimtab.adapters.merged import check_mergeable, is_narrow, widen_weights, write_merged
-from trimtab.adapters.origin import find_base
+from trimtab.adapters.origin import find_base, load_tokenizer_of
 from trimtab.data import Row
 from trimtab.engine.forward import stock_forward
 from trimtab.errors import InputError, MergeError
@@ -152,7 +153,8 @@ class _Work:
         self.progress.stage(f"Loading {source.name} and {path}")
         with _mapped(source, folder.parent) as mapped:
             head = self.task.head_settings(self.facts["label_names"])
-            base = load_base(mapped, self.task.auto_class, head, self.facts.get("seed", 0))
+            tokenizer = load_tokenizer_of(path, self.facts, source)
+            base = load_base(mapped, self.task.auto_class, head, self.facts.get("seed", 0), tokenizer=tokenizer)
             peft_model = read_adapter(base.model, path)
             check_mergeable(peft_model, path)
             self.progress.stage("Scoring test rows with the adapter")
@@ -245,7 +247,7 @@ def _mapped(source: ModelSource, beside: Path) -> Iterator[ModelSource]:
         return
     with tempfile.TemporaryDirectory(dir=beside, prefix=".wide-") as work:
         for path in files[0].parent.iterdir():
-            if path.is_file() and path not in files:
+            if path.is_file() and path not in files and path.name != SAFE_WEIGHTS_INDEX_NAME:
                 shutil.copy(path, work)
         widen_weights(files, Path(work))
         yield ModelSource(source.name, work, True)

@@ -38,6 +38,9 @@ class BaseModel:
     source: ModelSource
     new_modules: list[str]
 
+    def ids_of(self, tokens: Sequence[str]) -> list[int]:
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
+
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
@@ -140,11 +143,12 @@ def find_new_modules(source: ModelSource, model: Any) -> list[str]:
     return [name for name in _modules_of(missing) if name.split(".")[-1] in known]
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer, with a padding token, padding on the right.
+def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> Any:
+    """The tokenizer, with a padding token, padding on the right, and with `new_tokens` behind all others.
 
     Raises:
         SourceError: the source holds none that can be used.
+        StudyError: a new token that it has already.
     """
     from transformers import AutoTokenizer
 
@@ -157,16 +161,34 @@ def load_tokenizer(source: ModelSource) -> Any:
     if tokenizer.pad_token_id is None:
         raise SourceError(f"{source.name}: the tokenizer has neither a padding, end nor unknown token")
     tokenizer.padding_side = "right"
+    known = [token for token in new_tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise StudyError(f"new_tokens: {source.name} has {known[0]!r} in its vocabulary already; leave it out")
+    tokenizer.add_tokens(list(new_tokens))
     return tokenizer
 
 
+def make_room_for_tokens(model: Any, tokens: int) -> None:
+    """At least so many rows of embeddings, and of a language model's head; new ones start at the others' mean."""
+    held = model.get_input_embeddings().weight.shape[0]
+    if tokens <= held:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None and not layer.weight.is_meta:
+            with torch.no_grad():
+                layer.weight[held:] = layer.weight[:held].mean(0)
+
+
 def load_base(
-    source: ModelSource, auto_class: str, head_settings: dict[str, Any], seed: int, quantize: Quantize = "none"
-) -> BaseModel:
+    source: ModelSource, auto_class: str, head_settings: dict[str, Any], seed: int, quantize: Quantize = "none",
+    tokenizer: Any = None,
+) -> BaseModel:  # fmt: skip
     """Load a base in float32 and eval mode, with a fresh, seeded head where there are settings for one.
 
     Args:
         quantize: keep the linears of its layers in 8 or 4 bits.
+        tokenizer: one with more tokens than its own, for which the embeddings are made longer.
 
     Raises:
         SourceError: weights that cannot be read, or that are mostly not there.
@@ -174,7 +196,7 @@ def load_base(
     import transformers
     from accelerate import PartialState
 
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer or load_tokenizer(source)
     torch.manual_seed(seed)
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
@@ -197,6 +219,7 @@ def load_base(
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    make_room_for_tokens(model, len(tokenizer))
     model.requires_grad_(False)
     model.eval()
     if quantize == "none":  # bitsandbytes has put the others in their place

@@ -23,7 +23,7 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.job import EncodedSplits, Job
 from trimtab.machine import describe_machine, git_state, package_versions, set_threads
 from trimtab.methods import check_method, get_method, virtual_tokens_of
-from trimtab.models import build_without_weights, check_quantize, load_base, quiet_libraries
+from trimtab.models import build_without_weights, check_quantize, load_base, load_tokenizer, quiet_libraries
 from trimtab.precision import choose_precision
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
@@ -104,6 +104,7 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False,
     check_quantize(study.quantize)
     source = locate_model(study.model, progress)
     check_model(source, study, task)
+    load_tokenizer(source, study.added_tokens)
     if study.class_weight:
         task = _weigh_classes(task, data)
     if claim:
@@ -139,7 +140,8 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     job.progress.stage(f"Loading {job.study.model}")
     with job.timed("load base"):
         head = job.task.head_settings(job.data.label_names)
-        base = load_base(job.source, job.task.auto_class, head, job.study.seed, job.study.quantize)
+        tokenizer = load_tokenizer(job.source, job.study.added_tokens)
+        base = load_base(job.source, job.task.auto_class, head, job.study.seed, job.study.quantize, tokenizer)
         reserved = virtual_tokens_of(job.study)
         scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress, reserved)
         precision = choose_precision(job.study, scorer.choice.forward, job.progress)
@@ -156,6 +158,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
             "quantize": job.study.quantize,
             "beta": job.study.beta,
             "virtual_tokens": reserved,
+            "new_tokens": job.study.added_tokens,
             "is_chat": job.data.columns.messages is not None,
             "columns": {what: name for what, name in job.data.columns.named.items() if name is not None},
         }

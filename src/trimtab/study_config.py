@@ -82,6 +82,11 @@ class StudyConfig(BaseModel):
     target_modules: str = Field(
         "auto", description="Layers to adapt: auto, all-linear, or names such as q_proj,v_proj."
     )
+    new_tokens: str = Field(
+        "",
+        description="Tokens to add to the vocabulary, such as <user>,<agent>; their embeddings are trained and saved "
+        "with the adapter.",
+    )
     layers_to_transform: str = Field(
         "all",
         description="Which layers get an adapter: all, upper-half, upper-quarter, or a range such as 20-29. What lies "
@@ -136,6 +141,11 @@ class StudyConfig(BaseModel):
         if isinstance(value, float) and not 0 < value < float("inf"):
             raise ValueError(f"Input should be 'auto' or a positive number, not {value}")
         return value
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """`new_tokens`, one by one."""
+        return list(dict.fromkeys(filter(None, map(str.strip, self.new_tokens.split(",")))))
 
     @property
     def class_weight(self) -> str | None:

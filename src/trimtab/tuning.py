@@ -132,7 +132,8 @@ def start_adapter(
     commonest = Counter(token for example in data.train.examples for token in example.input_ids)
     base = scorer.base
     tokens = [token for token, _ in commonest.most_common()]
-    peft_model = attach_adapter(base.model, study, base.new_modules, tokens, progress)
+    new_ids = base.ids_of(study.added_tokens)
+    peft_model = attach_adapter(base.model, study, base.new_modules, tokens, progress, new_ids)
     save_start(peft_model, trial.start)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
     first_tokens = chain.from_iterable(example.input_ids for example in data.train.examples)

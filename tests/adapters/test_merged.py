@@ -96,6 +96,13 @@ def test_narrow_files_are_widened(model_folder, tmp_path):
     wide = load_file(tmp_path / "wide" / "model.safetensors")
     assert not is_narrow([tmp_path / "wide" / "model.safetensors"])
     assert all(torch.equal(wide[name], value.float()) for name, value in load_file(files[0]).items())
+    (tmp_path / "parts").mkdir()
+    widen_weights(files, tmp_path / "parts", shard_bytes=20_000)  # one file need not be held whole
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "narrow", dtype=torch.float32)
+    model.config.save_pretrained(tmp_path / "parts")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "parts")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 # Peaks of memory that is not a mapped file, in MiB: after loading, and while merging.

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from trimtab.adapters import save_start, write_weights
+from trimtab.adapters.loading import read_adapter
 from trimtab.adapters.merged import check_mergeable, write_merged
 from trimtab.adapters.switching import base_alone
 from trimtab.engine.batches import Collator, TrainingPlan
@@ -89,6 +90,13 @@ class Trained:
             found = [self.choice.forward.logits(self.collator().collate([i])) for i in range(len(self.examples))]
         return torch.cat(found)
 
+    def outputs_as_loaded(self, folder):
+        """The same from an adapter folder as `load_adapter` reads it, on the fast paths."""
+        base = self.fresh_base()
+        choice = choose_forward(base, 0, 16, False)
+        self.choice = prepare_adapted(read_adapter(base, folder), choice)
+        return self.outputs()
+
     def alone(self, model, peft_model=None):
         """Each text by itself through the stock forward of transformers and peft."""
         model.set_attn_implementation("eager")
@@ -117,11 +125,15 @@ class Trained:
 
     def reload(self, folder):
         """The base anew, and the folder as stock peft reads it."""
-        base = build_tiny_model(self.task, self.family)
-        enlarge_head(base)
+        base = self.fresh_base()
         if (folder / "model.safetensors").is_file():
             return type(base).from_pretrained(folder).eval(), None
         return base, PeftModel.from_pretrained(base, folder).eval()
+
+    def fresh_base(self):
+        base = build_tiny_model(self.task, self.family)
+        enlarge_head(base)
+        return base
 
     def holds_merged(self, peft_model, folder):
         """What is merged, and read by plain transformers, gives what was trained; or the method says that it cannot."""
@@ -130,7 +142,11 @@ class Trained:
                 check_mergeable(peft_model, folder)
             return
         folder.mkdir()
+        before = {name: value.clone() for name, value in peft_model.state_dict().items()}
         write_merged(peft_model, folder, torch.float32, Silent())
+        after = peft_model.state_dict()  # each layer was merged, and unmerged again
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
         plain, info = type(peft_model.get_base_model()).from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
@@ -164,6 +180,8 @@ def test_learns_and_comes_back(method, task, family, tmp_path):
         with base_alone(peft_model, tuned.untrained_heads):
             assert torch.equal(tuned.alone(base), tuned.start)
         tuned.holds_merged(peft_model, tmp_path / "merged")
+        if task == "classification":
+            assert close(tuned.outputs_as_loaded(tmp_path / "adapter"), tuned.trained)
 
 
 @pytest.mark.parametrize(("method", "task", "family"), GAPS, ids=lambda value: value)

@@ -120,6 +120,8 @@ class AdapterSet:
                 f"{folder} was trained on {facts['base']} with SHA-256 {facts['base_sha256'][:12]}…, and the base "
                 f"that is loaded has {(self._base_sha256 or 'none known')[:12]}…; load it by itself"
             )
+        if list(facts.get("new_tokens", [])) != list(mine.facts.get("new_tokens", [])):
+            raise AdapterError(f"{folder} has other tokens than {mine.path} in its vocabulary; load it by itself")
         reserved = facts.get("virtual_tokens", 0)
         length = usable_length(self.scorer.base.model, facts["max_length_tokens"] + reserved) - reserved
         return KnownAdapter(folder, facts, task, length)

@@ -150,9 +150,16 @@ def check_config(path: Path) -> None:
     for name in _OUTSIDE:
         if config.get(name):
             raise AdapterError(f"{path}: {name} names files outside of the adapter; do not use it")
-    if '"trust_remote_code": true' in json.dumps(config).lower():
+    if _asks_for_code(config):
         raise AdapterError(f"{path} asks to run code that comes with a model; do not use it")
     _check_sizes(config, path)
+
+
+def _asks_for_code(value: Any) -> bool:
+    """Whether `trust_remote_code` is set anywhere in a config."""
+    if isinstance(value, dict):
+        return bool(value.get("trust_remote_code")) or any(map(_asks_for_code, value.values()))
+    return isinstance(value, list) and any(map(_asks_for_code, value))
 
 
 def _check_sizes(config: dict[str, Any], path: Path) -> None:
@@ -166,6 +173,11 @@ def _check_sizes(config: dict[str, Any], path: Path) -> None:
                 raise AdapterError(f"{path}: {name} is {value!r}; a whole number between 1 and {most} is expected")
     if len(config.get("layer_replication") or []) > _MOST_RANK:
         raise AdapterError(f"{path}: layer_replication holds more than {_MOST_RANK} ranges; do not use it")
+
+
+def saves_embeddings(config: Any) -> bool | str:
+    """Whether whole embeddings are saved with an adapter: as peft finds right, but where new rows are by themselves."""
+    return False if getattr(config, "trainable_token_indices", None) else "auto"
 
 
 def check_tensors(saved: Iterable[str], wanted: Iterable[str], known: Iterable[str], file: Path) -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from trimtab.adapters.adapter_set import KnownAdapter
 from trimtab.adapters.files import check_folder, is_whole_model
 from trimtab.adapters.loaded import LoadedAdapter
-from trimtab.adapters.origin import find_base
+from trimtab.adapters.origin import find_base, load_tokenizer_of
 from trimtab.adapters.switching import check_name, check_weights, copy_heads, weights_that_fit
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.evaluation.evaluate import make_scorer
@@ -48,7 +48,8 @@ def load_adapter(
     task = get_task(facts["task"], facts.get("beta", 0.1))
     head = task.head_settings(facts["label_names"])
     bits = "none" if is_whole_model(folder) else quantize or facts.get("quantize", "none")
-    model = load_base(source, task.auto_class, head, facts.get("seed", 0), bits)
+    tokenizer = load_tokenizer_of(folder, facts, source)
+    model = load_base(source, task.auto_class, head, facts.get("seed", 0), bits, tokenizer)
     scorer = make_scorer(task, model, facts["max_length_tokens"], listener, facts.get("virtual_tokens", 0))
     known = KnownAdapter(folder, facts, task, scorer.max_length_tokens)
     if is_whole_model(folder):

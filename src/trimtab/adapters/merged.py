@@ -6,6 +6,7 @@ A layer is merged into a copy, by peft's own `merge`, so that the base's weights
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,16 +121,11 @@ def write_merged(
         weights |= {weight.name: weight for weight in (group if is_changed else group[:1])}
     _write_config(model, folder, dtype, is_untied)
     sizes = {name: weight.tensor.numel() * dtype.itemsize for name, weight in weights.items()}
-    plan = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes,
-    )  # fmt: skip
+    plan = _plan_shards(sizes, shard_bytes)
     for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
         progress.advance(number, len(plan.filename_to_tensors), "shards")
         _write_shard([weights[name] for name in names], folder / file, dtype)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    _write_index(plan, folder)
 
 
 def _write_shard(weights: list[_Weight], file: Path, dtype: torch.dtype) -> None:
@@ -176,13 +172,35 @@ def is_narrow(files: list[Path]) -> bool:
     return False
 
 
-def widen_weights(files: list[Path], folder: Path) -> None:
-    """Copies of safetensors files in float32, one tensor's file at a time, for a base that is stored in fewer bits.
+def widen_weights(files: list[Path], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Copies of safetensors files in float32, shard by shard, for a base that is stored in fewer bits.
 
     From such files the base is mapped into memory, where it can be larger than that.
     """
+    places: dict[str, tuple[Path, int]] = {}
     for file in files:
         with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        wide = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-        save_file(wide, folder / file.name, metadata={"format": "pt"})
+            places |= {name: (file, math.prod(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
+    plan = _plan_shards({name: 4 * count for name, (_, count) in places.items()}, shard_bytes)
+    for shard, names in plan.filename_to_tensors.items():
+        wide = {}
+        for name in names:
+            with safe_open(places[name][0], "pt") as opened:
+                tensor = opened.get_tensor(name)
+            wide[name] = tensor.float() if tensor.is_floating_point() else tensor
+        save_file(wide, folder / shard, metadata={"format": "pt"})
+    _write_index(plan, folder)
+
+
+def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> Any:
+    """Which tensors (bytes by name) go into which file."""
+    return split_state_dict_into_shards_factory(
+        sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )  # fmt: skip
+
+
+def _write_index(plan: Any, folder: Path) -> None:
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from trimtab.adapters.files import is_whole_model
 from trimtab.errors import AdapterError, SourceError
-from trimtab.models import load_config
+from trimtab.models import load_config, load_tokenizer
 from trimtab.progress import Progress, Silent
 from trimtab.sources import ModelSource, fingerprint_model, locate_model
 
@@ -52,6 +52,20 @@ def find_base(
     return locate_base(folder, facts, base, progress), facts
 
 
+def load_tokenizer_of(folder: Path, facts: Mapping[str, Any], source: ModelSource) -> Any:
+    """The base's tokenizer, or the adapter's own where it has more tokens."""
+    return load_tokenizer(ModelSource(str(folder), str(folder), True) if facts.get("new_tokens") else source)
+
+
+def _new_tokens(folder: Path, source: ModelSource) -> list[str]:
+    """What the tokenizer beside an adapter has over the base's, in the order of their numbers."""
+    if not any(folder.glob("tokenizer*")):
+        return []
+    ours, known = (load_tokenizer(ModelSource(str(place), str(place), True)).get_vocab()
+                   for place in (folder, source.location))  # fmt: skip
+    return sorted(set(ours) - set(known), key=ours.__getitem__)
+
+
 def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[ModelSource, dict[str, Any]]:
     """What peft's own files tell of an adapter that another program saved; says what cannot be checked."""
     if is_whole_model(folder):
@@ -77,6 +91,7 @@ def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[Mod
         "label_names": names,
         "max_length_tokens": _DEFAULT_LENGTH_TOKENS,
         "virtual_tokens": config.get("num_virtual_tokens") or 0,
+        "new_tokens": _new_tokens(folder, source),
     }
 
 

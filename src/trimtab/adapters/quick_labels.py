@@ -15,6 +15,9 @@ from trimtab.engine.fused.stack import LayerStack
 from trimtab.evaluation.unlabelled import SAY, Record
 from trimtab.progress import Progress
 
+# Rows that are computed in both formats to begin with.
+_MEASURED_ROWS = 256
+
 if TYPE_CHECKING:
     from trimtab.adapters.loaded import LoadedAdapter
 
@@ -31,11 +34,12 @@ class QuickLabels:
         assert stack is not None
         self.adapter, self.groups = adapter, stack.groups
         self.rows = self.again = 0
-        exact = self._score(first_rows)
+        measured = first_rows[:_MEASURED_ROWS]
+        exact = self._score(measured)
         self._exact = self._weights()
-        adapter.compute_in("int8", first_rows, progress)
+        adapter.compute_in("int8", measured, progress)
         self._rounded = self._weights()
-        errors = self._score(first_rows) - exact
+        errors = self._score(measured) - exact
         self.bound = float((errors.amax(1) - errors.amin(1)).max())
         progress.note(f"logits apart by {self.bound:.3f} or less in int8 are computed anew in float32")
 

@@ -10,7 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.adapters.files import write_facts
+from trimtab.adapters.files import saves_embeddings, write_facts
 from trimtab.machine import package_versions
 from trimtab.methods import WholeModel
 from trimtab.models import BaseModel
@@ -60,7 +60,10 @@ def write_weights(
         peft_model.save_pretrained(folder)
         return
     conversion = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
-    peft_model.save_pretrained(folder, safe_serialization=True, selected_adapters=[name], **conversion)
+    embeddings = saves_embeddings(peft_model.peft_config[name])
+    peft_model.save_pretrained(
+        folder, safe_serialization=True, selected_adapters=[name], save_embedding_layers=embeddings, **conversion
+    )
     inside = folder / name
     if inside.is_dir():  # where peft puts every adapter but the one called default
         for file in inside.iterdir():
@@ -76,7 +79,9 @@ def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path, name: str
     """
     config = peft_model.peft_config[name]
     if hasattr(config, "modules_to_save"):
-        saved, weights = load_file(file), get_peft_model_state_dict(peft_model, adapter_name=name)
+        saved = load_file(file)
+        embeddings = saves_embeddings(config)
+        weights = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=embeddings)
         left_out = {key: value for key, value in weights.items() if key not in saved}
         if left_out:
             save_file(saved | left_out, file, metadata={"format": "pt"})

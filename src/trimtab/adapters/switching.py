@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trimtab.adapters.files import check_tensors
+from trimtab.adapters.files import check_tensors, saves_embeddings
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import Choice
 from trimtab.engine.frozen import thaw_linears
@@ -144,7 +144,9 @@ def check_weights(peft_model: Any, folder: Path, name: str) -> None:
     if isinstance(peft_model.peft_config[name], PromptLearningConfig):
         return  # its one tensor is computed from what is trained
     parameters = (parameter for parameter, _ in peft_model.named_parameters())
-    check_tensors(names, get_peft_model_state_dict(peft_model, adapter_name=name), parameters, file)
+    embeddings = saves_embeddings(peft_model.peft_config[name])
+    wanted = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=embeddings)
+    check_tensors(names, wanted, parameters, file)
 
 
 @contextmanager

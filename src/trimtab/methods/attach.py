@@ -67,8 +67,7 @@ def build_config(
         if layers is not None:
             raise StudyError(f"layers_to_transform: {method.title} trains every layer; leave it at all")
         return None
-    config_class = config_class_of(method)
-    fields = {part.name: part for part in dataclasses.fields(config_class)}
+    config_class, fields = config_class_of(method), _fields_of(method)
     for name in study.method_options:
         if name not in fields:
             raise StudyError(f"method_options: {method.name} has no {name!r}{suggest(name, fields)}; "
@@ -141,14 +140,23 @@ def config_class_of(method: Method) -> Any:
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)]
 
 
+def _fields_of(method: Method) -> dict[str, Any]:
+    return {part.name: part for part in dataclasses.fields(config_class_of(method))}
+
+
 def attach_adapter(
     model: Any,
     study: StudyConfig,
     new_modules: Sequence[str],
     token_ids: Sequence[int] = (),
     progress: Progress | None = None,
+    new_token_ids: Sequence[int] = (),
 ) -> Any:
     """Wrap `model` in the study's adapter; `new_modules` (the head) are trained and saved with it.
+
+    Args:
+        token_ids: the commonest tokens, for `trainable_tokens`.
+        new_token_ids: those of the study's new tokens; the vocabulary's last stand in, if there are none.
 
     Returns peft's model for the study's task, or a `WholeModel` where all weights are to be trained.
 
@@ -158,6 +166,8 @@ def attach_adapter(
     from peft import get_peft_model
 
     config = build_config(model, study, token_ids[:_TRAINED_TOKENS], progress or Silent())
+    if study.added_tokens:
+        _train_new_tokens(config, model, study, new_token_ids)
     if config is None:
         return WholeModel(model)
     if hasattr(config, "fan_in_fan_out"):
@@ -171,6 +181,22 @@ def attach_adapter(
     for name in new_modules:  # trained all the same; `save_adapter` writes them
         model.get_submodule(name).requires_grad_(True)
     return peft_model
+
+
+def _train_new_tokens(config: Any, model: Any, study: StudyConfig, ids: Sequence[int]) -> None:
+    """Let a method train the embeddings of the study's new tokens beside its own weights."""
+    field = "trainable_token_indices"
+    if config is None:
+        return  # all weights train
+    if not hasattr(config, field):
+        having = [name for name, row in METHODS.items() if row.is_adapter and field in _fields_of(row)]
+        raise StudyError(
+            f"new_tokens: {study.method} trains no embeddings beside its own weights; use one of: {', '.join(having)}"
+        )
+    embeddings = model.get_input_embeddings()
+    rows, wanted = embeddings.weight.shape[0], len(study.added_tokens)
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    config.trainable_token_indices = {name.rpartition(".")[2]: list(ids) or list(range(rows - wanted, rows))}
 
 
 def _wrap(get_peft_model: Any, model: Any, config: Any, study: StudyConfig) -> Any:

@@ -12,6 +12,8 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -46,6 +48,9 @@ class LayerStack:
             for group in self.groups:
                 group.find_adapters()
         except NotPlainError:
+            return False
+        if any(isinstance(norm, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for layer in self.layers
+               for norm in layer.norms):  # fmt: skip
             return False
         self.parameters = [parameter for group in self.groups for parameter in group.parameters]
         adapted = [number for number, layer in enumerate(self.layers) if any(g.adapters for g in layer.groups)]

@@ -1,0 +1,132 @@
+"""Tokens that a base does not have: trained, saved, read back by Trimtab and by stock peft, and merged."""
+
+import csv
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import trimtab
+from samples import run_here, write_reviews
+from trimtab.errors import AdapterError, StudyError
+from trimtab.progress import Silent
+from trimtab.runs import RunFolder, read_json
+from trimtab.study import check_study
+from trimtab.study_config import build_study
+
+NEW = ["<yes>", "<no>"]
+TEXTS = ["<yes> a film", "<no> a film", "a joy to watch"]
+
+
+@pytest.fixture(scope="module", params=["llama", "bert"])
+def base(request, tmp_path_factory, model_folder):
+    """A base with a row of its embeddings for each token of its tokenizer, and no more."""
+    folder = tmp_path_factory.mktemp(f"full-{request.param}")
+    source = model_folder(request.param)
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs of one and the same text, but for the new token that tells the label."""
+    file = tmp_path_factory.mktemp("data") / "marked.csv"
+    with file.open("w", newline="") as opened:
+        rows = [[f"{NEW[number % 2]} film number {number // 2}", ["good", "bad"][number % 2]] for number in range(160)]
+        csv.writer(opened).writerows([["text", "label"], *rows])
+    return file
+
+
+def settings(base, data, **changes):
+    return {"model": str(base), "train_data": str(data), "new_tokens": ",".join(NEW), "max_length_tokens": 32,
+            "tokens_per_batch": 128, "learning_rate": 5e-3, "num_train_epochs": 12, "early_stopping_patience": 99} | changes  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "run"
+    comparison = run_here(build_study(settings(base, data, out=str(run))))
+    return comparison, RunFolder(run).trial("lora", 0).adapter
+
+
+def logits_of(model, tokenizer):
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
+
+
+def scored(loaded):
+    encoded = loaded.scorer.encode([trimtab.data.Row(text, text, label=0) for text in TEXTS])
+    return loaded.scorer.score(encoded).outputs
+
+
+def test_their_rows_are_trained_saved_and_read_by_trimtab_and_stock_peft(finished):
+    comparison, adapter = finished
+    tuned = next(system for system in comparison["systems"] if system["kind"] == "tuned")
+    assert tuned["metrics"]["accuracy"]["value"] == 1.0  # nothing else than the new tokens tells the label
+    assert comparison["reload"]["passed"]
+    facts = read_json(adapter / "trimtab.json")
+    assert facts["new_tokens"] == NEW
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
+        shapes = {name: saved.get_slice(name).get_shape() for name in saved.keys()}  # noqa: SIM118
+    assert [shape[0] for name, shape in shapes.items() if "embed" in name] == [len(NEW)], shapes
+    loaded = trimtab.load_adapter(adapter)
+    assert [record["prediction"] for record in loaded.predict(TEXTS[:2])] == ["good", "bad"]
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    torch.testing.assert_close(scored(loaded), logits_of(stock, tokenizer), atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_model_has_them(finished, tmp_path):
+    _, adapter = finished
+    trimtab.merge(adapter, tmp_path / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    ours = scored(trimtab.load_adapter(adapter))
+    torch.testing.assert_close(logits_of(model, tokenizer), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_a_stock_adapter_with_a_longer_vocabulary_is_loaded_with_its_own_tokenizer(base, tmp_path):
+    """As peft's users make it: tokens added by hand, the embeddings resized, which peft then saves whole."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(NEW)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    stock = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False))
+    stock.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    wanted = logits_of(stock, tokenizer)
+    with pytest.warns(UserWarning, match="was not saved by Trimtab"):
+        loaded = trimtab.load_adapter(tmp_path)
+    torch.testing.assert_close(scored(loaded), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_with_other_tokens_does_not_join(base, finished, tmp_path):
+    write_reviews(tmp_path / "reviews.csv", 60)
+    plain = settings(base, tmp_path / "reviews.csv", new_tokens="", num_train_epochs=1, out=str(tmp_path / "run"))
+    run_here(build_study(plain))
+    loaded = trimtab.load_adapter(finished[1])
+    with pytest.raises(AdapterError, match=r"has other tokens than .* in its vocabulary; load it by itself"):
+        loaded.load(RunFolder(tmp_path / "run").trial("lora", 0).adapter, "plain")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"new_tokens": "<yes>,film"}, "has 'film' in its vocabulary already; leave it out"),
+        ({"method": "ia3"}, "new_tokens: ia3 trains no embeddings beside its own weights; use one of: lora, "),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_weights_are_read(base, data, tmp_path, changes, message):
+    (base / "model.safetensors").rename(base / "hidden.safetensors")
+    try:
+        with pytest.raises(StudyError, match=message):
+            check_study(build_study(settings(base, data, out=str(tmp_path / "run")) | changes), Silent())
+    finally:
+        (base / "hidden.safetensors").rename(base / "model.safetensors")
