@@ -294,7 +294,7 @@ def show_support(found: Sequence[Support]) -> None:
     for reason, places in reasons.items():
         out.print(f"[red]no[/red] {', '.join(sorted(places))}: {escape(reason)}", soft_wrap=True)
     out.print("Any other method of the installed peft: --method NAME --method-options FIELD=VALUE. "
-              "A linear probe is part of every classification run.")  # fmt: skip
+              "Every run whose task has a new head scores its linear probe as a baseline, too.")  # fmt: skip
 
 
 def show_doctor(found: dict[str, Any]) -> None:

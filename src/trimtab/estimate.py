@@ -94,7 +94,8 @@ def estimate_job(job: Job) -> Estimate:
     model = build_without_weights(job.source, task.auto_class, head)
     new_modules = find_new_modules(job.source, model)
     stack = build_stack(backbone_of(model), native) if native.is_available() and study.quantize == "none" else None
-    sizes = _sizes_of(model, find_layers(model, study.layers_to_transform))
+    head_only = get_method(study.method).trains_head_only
+    sizes = _sizes_of(model, [] if head_only else find_layers(model, study.layers_to_transform))
     peft_model = check_method(lambda: model, study, new_modules)
     trainable, total = (0, 0) if peft_model is None else peft_model.get_nb_trainable_parameters()
     forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
@@ -136,7 +137,7 @@ def _sizes_of(model: Any, layers: list[int] | None) -> _Sizes:
     linears = [module for module in backbone_of(model).modules() if is_linear(module)]
     inner = max(max(module.weight.shape) for module in linears)
     count = config.num_hidden_layers
-    trained = count if not layers else count - layers[0]
+    trained = count if layers is None else count - layers[0] if layers else 0
     linear = sum(module.weight.numel() for module in linears)
     return _Sizes(count, trained, config.hidden_size, inner, linear, config.vocab_size)
 

@@ -30,6 +30,8 @@ ENCODERS = {"BERT", "RoBERTa", "DistilBERT"}
 def expected_gap(method, task, family):
     if (task in ("causal_lm", "preference") and family in ENCODERS) or (task == "seq2seq") != (family == "T5"):
         return f"has no model for {task}"
+    if method == "linear_probe" and task in ("causal_lm", "seq2seq", "preference"):
+        return "this task keeps the model's own"
     if family == "GPT-2" and method in CONV1D:
         return "Conv1D"
     if method == "adaption_prompt" and family in NO_LLAMA_ADAPTER:

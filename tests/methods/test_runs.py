@@ -21,6 +21,7 @@ from trimtab.tasks import get_task
         ("prefix_tuning", "classification"),
         ("adalora", "classification"),
         ("hira", "classification"),  # no row of the table
+        ("linear_probe", "classification"),
         ("full", "causal_lm"),
     ],
 )
@@ -61,7 +62,8 @@ def test_what_cannot_work_is_refused_with_what_can(tmp_path, model_folder, revie
         ({"method": "prompt_tuning", "target_modules": "q_proj"}, "prompt tuning goes into no layer"),
         ({"method": "full", "layers_to_transform": "upper-half"}, "trains every layer; leave it at all"),
         ({"method": "c3a", "method_options": {"block_size": 0}}, "no block_size up to 0 suits layers from 32 to 16"),
-        ({"method": "linear_probe"}, "every classification run scores it"),
+        ({"method": "linear_probe", "layers_to_transform": "upper-half"}, "trains no layer; leave it at all"),
+        ({"method": "full", "method_options": {"r": 4}}, "is no adapter and has none; leave out r"),
         ({"method": "lorra"}, r"unknown method 'lorra'; did you mean 'lora'\?"),
     ],
 )

@@ -23,6 +23,7 @@ from trimtab.methods.whole_model import WholeModel
 from trimtab.progress import Progress, Silent
 from trimtab.study_config import StudyConfig
 from trimtab.tasks import get_task
+from trimtab.tasks.heads import final_linear
 
 # The model on which the methods' rates were chosen (MiniLM-L6).
 _RATED_WIDTH, _RATED_LAYERS = 384, 6
@@ -48,7 +49,7 @@ def learning_rate_of(study: StudyConfig, model: Any) -> float:
 def build_config(
     model: Any, study: StudyConfig, token_ids: Sequence[int] = (), progress: Progress | None = None
 ) -> Any:
-    """The peft config of the study on `model`, of which names and shapes are enough; None for full fine-tuning.
+    """The peft config of the study on `model`, of which names and shapes are enough; None for what is no adapter.
 
     Args:
         token_ids: the commonest tokens, for `trainable_tokens`; stand-ins if there are none.
@@ -64,8 +65,7 @@ def build_config(
     layers = find_layers(model, study.layers_to_transform)
     options = _options(method, study)
     if not method.is_adapter:
-        if layers is not None:
-            raise StudyError(f"layers_to_transform: {method.title} trains every layer; leave it at all")
+        _check_no_adapter(method, study)
         return None
     config_class = config_class_of(method)
     fields = {part.name: part for part in dataclasses.fields(config_class)}
@@ -87,6 +87,20 @@ def build_config(
     except (TypeError, ValueError) as error:
         raise StudyError(f"{method.name}: peft refuses these settings: {error}") from error
     return config if layers is None else _limit_to_layers(config, model, layers, method)
+
+
+def _check_no_adapter(method: Method, study: StudyConfig) -> None:
+    """Refuse what only adapters have, and a probe where no head is new."""
+    if study.layers_to_transform != "all":
+        trains = "trains no layer" if method.trains_head_only else "trains every layer"
+        raise StudyError(f"layers_to_transform: {method.title} {trains}; leave it at all")
+    if study.method_options:
+        named = ", ".join(study.method_options)
+        raise StudyError(f"method_options: {method.short_title} is no adapter and has none; leave out {named}")
+    if method.trains_head_only and not get_task(study.task).has_probe:
+        raise MethodError(
+            f"{method.name} cannot do {study.task}: it trains a new head, and this task keeps the model's own"
+        )
 
 
 def _options(method: Method, study: StudyConfig) -> dict[str, Any]:
@@ -150,7 +164,8 @@ def attach_adapter(
 ) -> Any:
     """Wrap `model` in the study's adapter; `new_modules` (the head) are trained and saved with it.
 
-    Returns peft's model for the study's task, or a `WholeModel` where all weights are to be trained.
+    Returns peft's model for the study's task, or a `WholeModel` where the base's own weights, or its head alone,
+    are to be trained.
 
     Raises:
         StudyError: the method cannot go into this model, with peft's reason and the methods that can.
@@ -159,7 +174,7 @@ def attach_adapter(
 
     config = build_config(model, study, token_ids[:_TRAINED_TOKENS], progress or Silent())
     if config is None:
-        return WholeModel(model)
+        return WholeModel(model, final_linear(model) if get_method(study.method).trains_head_only else None)
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = has_conv1d(model)
     if hasattr(config, "modules_to_save"):
