@@ -1,16 +1,26 @@
 """Estimates before weights are read: exact counts, all checks, and what the report says of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
 
 from samples import run_here, run_trimtab, write_reviews
+from trimtab.adapters import save_start, write_weights
 from trimtab.errors import MethodError
 from trimtab.estimate import estimate_job
+from trimtab.machine import measure_gemm_rates
+from trimtab.methods import METHODS, attach_adapter
+from trimtab.models import load_base
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder
 from trimtab.study import check_study
 from trimtab.study_config import build_study
+from trimtab.support import small_study
+from trimtab.tasks import get_task
+
+TASK = get_task("classification")
 
 
 def make_study(folder, model, **settings):
@@ -39,6 +49,33 @@ def test_parameters_and_adapter_are_those_of_the_run(tmp_path, model_folder, fam
     assert json.loads(run.estimate.read_text())["trainable_parameters"] == estimate.trainable_parameters
     assert "Estimated before the run, and measured" in run.report_html.read_text()
     assert "Estimated before the run, and measured" in run.report_markdown.read_text()
+
+
+@pytest.fixture(scope="module")
+def rates():
+    return measure_gemm_rates(("float32", "int8"))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, model_folder):
+    """A checked study, whose method each test below changes."""
+    return check_study(make_study(tmp_path_factory.mktemp("job"), model_folder("llama")), Silent(), claim=False)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_is_counted(tmp_path, job, rates, method, monkeypatch):
+    """Without weights, and around a model with them: the same numbers, and the same bytes of adapter."""
+    monkeypatch.setattr("trimtab.estimate.measure_gemm_rates", lambda wanted: rates)  # once is enough
+    options = small_study(method, "classification").method_options
+    study = job.study.model_copy(update={"method": method, "method_options": options})
+    estimate = estimate_job(replace(job, study=study))
+    base = load_base(job.source, TASK.auto_class, TASK.head_settings(["bad", "good"]), 0)
+    peft_model = attach_adapter(base.model, study, base.new_modules, list(range(5, 60)))
+    assert (estimate.trainable_parameters, estimate.total_parameters) == peft_model.get_nb_trainable_parameters()
+    save_start(peft_model, tmp_path / "start")
+    write_weights(peft_model, base.new_modules, tmp_path / "adapter", tmp_path / "start" if method == "pissa" else None)
+    (file,) = (tmp_path / "adapter").glob("*.safetensors")
+    assert estimate.adapter_bytes == sum(weight.nbytes for weight in load_file(file).values())
 
 
 def test_more_work_takes_longer_and_a_larger_batch_more_memory(tmp_path, model_folder):

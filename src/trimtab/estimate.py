@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -91,12 +92,14 @@ def estimate_job(job: Job) -> Estimate:
     """The estimate of a checked study."""
     study, task = job.study, job.task
     head = task.head_settings(job.data.label_names)
-    model = build_without_weights(job.source, task.auto_class, head)
+    build = partial(build_without_weights, job.source, task.auto_class, head)
+    model = build()
+    first = [model]  # the stack is asked for the adapters that come around this one
     new_modules = find_new_modules(job.source, model)
     stack = build_stack(backbone_of(model), native) if native.is_available() and study.quantize == "none" else None
     head_only = get_method(study.method).trains_head_only
     sizes = _sizes_of(model, [] if head_only else find_layers(model, study.layers_to_transform))
-    peft_model = check_method(lambda: model, study, new_modules)
+    peft_model = check_method(lambda: first.pop() if first else build(), study, new_modules)
     trainable, total = (0, 0) if peft_model is None else peft_model.get_nb_trainable_parameters()
     forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
 
@@ -106,7 +109,7 @@ def estimate_job(job: Job) -> Estimate:
         split: _count_tokens(job, getattr(job.data, split), tokenizer, model, length)
         for split in ("train", "validation", "test")
     }
-    adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model))
+    adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model, new_modules))
     memory = _memory(job, sizes, trainable, total, forward, tokens["train"])
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
@@ -142,16 +145,24 @@ def _sizes_of(model: Any, layers: list[int] | None) -> _Sizes:
     return _Sizes(count, trained, config.hidden_size, inner, linear, config.vocab_size)
 
 
-def _saved_parameters(peft_model: Any) -> int:
-    """Numbers that `save_adapter` will write."""
+def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
+    """Numbers of four bytes that `save_adapter` will write."""
     if peft_model is None:
         return 0
     config = peft_model.active_peft_config
-    if not config.is_prompt_learning:
-        return sum(value.numel() for value in get_peft_model_state_dict(peft_model).values())
-    heads = sum(value.numel() for name, value in peft_model.named_parameters() if "modules_to_save" in name)
-    a_token: int = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
-    return int(heads + config.num_virtual_tokens * a_token)
+    # Methods without `modules_to_save` get the head added to their file.
+    marks = ["modules_to_save"] if hasattr(config, "modules_to_save") else [f".{name}." for name in new_modules]
+    heads = sum(value.numel() for name, value in peft_model.named_parameters() if any(mark in name for mark in marks))
+    if config.is_prompt_learning:
+        a_token: int = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
+        return int(heads + config.num_virtual_tokens * a_token)
+    saved = get_peft_model_state_dict(peft_model).items()
+    held = sum(value.numel() for name, value in saved if not any(f".{module}." in name for module in new_modules))
+    if config.peft_type == "SHIRA":  # with each number its row and its column
+        held *= 3
+    if str(getattr(config, "init_lora_weights", "")).startswith("pissa"):  # saved as LoRA of twice its rank
+        held *= 2
+    return int(heads + held)
 
 
 def _count_tokens(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> int:

@@ -177,6 +177,8 @@ def attach_adapter(
         return WholeModel(model, final_linear(model) if get_method(study.method).trains_head_only else None)
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = has_conv1d(model)
+    if hasattr(config, "mask_fn") and next(model.parameters()).is_meta:
+        config.mask_fn = None  # SHiRA draws which weights it trains from theirs; how many they are needs no draw
     if hasattr(config, "modules_to_save"):
         config.modules_to_save = sorted({name.rpartition(".")[2] for name in new_modules}) or None
         return _wrap(get_peft_model, model, config, study)
@@ -209,24 +211,28 @@ def check_method(build_model: Callable[[], Any], study: StudyConfig, new_modules
         MethodError: peft cannot put the method into the model; names those that it can.
     """
     try:
-        return _attach_without_weights(build_model(), study, new_modules)
+        return _attach_without_weights(build_model, study, new_modules)
     except MethodError as error:
         working = []
         for name in METHODS:
             try:
-                _attach_without_weights(build_model(), study.model_copy(update={"method": name, "method_options": {}}))
+                _attach_without_weights(build_model, study.model_copy(update={"method": name, "method_options": {}}))
             except StudyError:
                 continue
             working.append(name)
         raise MethodError(f"{error}; what can: {', '.join(working)}") from error
 
 
-def _attach_without_weights(model: Any, study: StudyConfig, new_modules: Sequence[str] = ()) -> Any:
-    try:
-        with torch.device("meta"):
-            peft_model = attach_adapter(model, study, new_modules)
-    except (NotImplementedError, RuntimeError):  # an initial value is computed from weights
-        return None
+def _attach_without_weights(build_model: Callable[[], Any], study: StudyConfig, new_modules: Sequence[str] = ()) -> Any:
+    peft_model = None
+    for device in ("meta", "cpu"):  # of the adapter alone: BOFT counts through its matrices' values
+        model = build_model()
+        try:
+            with torch.device(device):
+                peft_model = attach_adapter(model, study, new_modules)
+        except (NotImplementedError, RuntimeError):  # an initial value is computed from weights
+            continue
+        break
     config = getattr(peft_model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         _check_forward(peft_model, study)
