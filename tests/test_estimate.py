@@ -1,6 +1,7 @@
 """Estimates before weights are read: exact counts, all checks, and what the report says of them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -82,10 +83,30 @@ def test_more_work_takes_longer_and_a_larger_batch_more_memory(tmp_path, model_f
     def estimate(**settings):
         return estimate_job(check_study(make_study(tmp_path, model_folder("llama"), **settings), Silent(), claim=False))
 
-    small, long, large = estimate(), estimate(num_train_epochs=4), estimate(tokens_per_batch=4096)
+    small, long, large = estimate(tokens_per_batch=64), estimate(num_train_epochs=4), estimate()
     assert long.train_tokens == 4 * small.train_tokens
     assert long.seconds["tune"] > small.seconds["tune"]
     assert large.memory_bytes["activations"] > 7 * small.memory_bytes["activations"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_language_models_blocks_are_as_long_as_its_texts(tmp_path, model_folder, rates, monkeypatch, precision):
+    monkeypatch.setattr("trimtab.estimate.measure_gemm_rates", lambda wanted: rates)
+    model = shutil.copytree(model_folder("llama", "AutoModelForCausalLM"), tmp_path / "base")
+    config = (
+        (model / "config.json").read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 999')
+    )
+    (model / "config.json").write_text(config)
+
+    def activations(words, length):
+        rows = "".join(json.dumps({"text": "truly " * words + str(number)}) + "\n" for number in range(40))
+        (tmp_path / "rows.jsonl").write_text(rows)
+        study = make_study(tmp_path, model, task="causal_lm", precision=precision, tokens_per_batch=16,
+                           train_data=str(tmp_path / "rows.jsonl"), max_length_tokens=length)  # fmt: skip
+        return estimate_job(check_study(study, Silent(), claim=False)).memory_bytes["activations"]
+
+    assert activations(3, 900) == activations(3, 16)
+    assert activations(600, 900) > activations(600, 16)
 
 
 def test_all_checks_are_made(tmp_path, model_folder):

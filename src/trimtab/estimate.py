@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from peft.utils import get_peft_model_state_dict
 
 from trimtab.adapters.merged import is_narrow
 from trimtab.data import Row
+from trimtab.engine.batches import Collator
 from trimtab.engine.forward import usable_length
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import build_stack
@@ -88,6 +89,14 @@ class _Sizes:
     vocabulary: int
 
 
+class _Texts(NamedTuple):
+    """Tokens of a split: of all its rows, and of the first and the longest that stay in one batch."""
+
+    tokens: int
+    first: int
+    longest: int
+
+
 def estimate_job(job: Job) -> Estimate:
     """The estimate of a checked study."""
     study, task = job.study, job.task
@@ -104,13 +113,15 @@ def estimate_job(job: Job) -> Estimate:
     forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
 
     tokenizer = load_tokenizer(job.source)
-    length = usable_length(model, study.max_length_tokens)
-    tokens = {
-        split: _count_tokens(job, getattr(job.data, split), tokenizer, model, length)
+    reserved = virtual_tokens_of(study)
+    length = usable_length(model, study.max_length_tokens + reserved) - reserved
+    texts = {
+        split: _measure_texts(job, getattr(job.data, split), tokenizer, model, length)
         for split in ("train", "validation", "test")
     }
+    tokens = {split: found.tokens for split, found in texts.items()}
     adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model, new_modules))
-    memory = _memory(job, sizes, trainable, total, forward, tokens["train"])
+    memory = _memory(job, sizes, trainable, total, forward, texts["train"])
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
     return Estimate(
@@ -165,16 +176,18 @@ def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
     return int(heads + held)
 
 
-def _count_tokens(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> int:
-    """Tokens of a split, from the lengths of its first rows."""
+def _measure_texts(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> _Texts:
+    """A split's tokens, from its first rows."""
     sample = rows[:_SAMPLED_ROWS]
     encoded = job.task.encode(sample, tokenizer, model, length)
-    return round(encoded.tokens * len(rows) / len(sample))
+    lengths = Collator(encoded.examples, True, 0, 0, encoded.together).lengths
+    return _Texts(round(encoded.tokens * len(rows) / len(sample)), lengths[0], max(lengths))
 
 
-def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, train_tokens: int) -> dict[str, int]:
+def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, train: _Texts) -> dict[str, int]:
     study = job.study
-    tokens = study.tokens_per_batch // study.gradient_accumulation_steps + virtual_tokens_of(study) * 16
+    budget = study.tokens_per_batch // study.gradient_accumulation_steps
+    tokens = min(max(budget, train.longest), train.tokens) + virtual_tokens_of(study) * 16
     # What a layer keeps of a token for its backward, in floats.
     kept = 9 * sizes.hidden + 3 * sizes.inner
     per_token = 4 * kept * sizes.trained_layers * _KEPT[forward]
@@ -185,13 +198,13 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
         goes_back = _is_mapped(job.source) and job.task.has_probe
         linear, copies = 0.0 if goes_back else linear, 4.0 * sizes.linear
         if _computes_in_int8(study):  # measured beside float32 on a few rows; then trained without that
-            several = max(_MEASURED_TOKENS, 0 if job.task.has_probe else study.max_length_tokens)  # a block, at least
+            several = max(min(_MEASURED_TOKENS, train.tokens), train.first)  # one text or block, at least
             measured, trained = (6.0 * sizes.linear, per_token * several), (2.0 * sizes.linear, batch)
             copies, batch = max(measured, trained, key=sum)
     vocabulary = (
         4 * _LOGIT_BUFFERS * chunk_positions(sizes.vocabulary) * sizes.vocabulary if not job.task.has_probe else 0
     )
-    vectors = _TEXT_BYTES * train_tokens * _text_columns(job)
+    vectors = _TEXT_BYTES * train.tokens * _text_columns(job)
     return {
         "libraries and data": int(psutil.Process().memory_info().rss),
         "text baseline": int(vectors),
