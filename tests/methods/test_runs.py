@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from samples import run_here, write_reviews, write_tales
 from trimtab.cli import app
 from trimtab.errors import StudyError
-from trimtab.methods import build_config, check_method
+from trimtab.methods import check_method
 from trimtab.study_config import build_study
 from trimtab.support import FAMILIES, build_tiny_model, probe_all
 from trimtab.tasks import get_task
@@ -52,7 +52,6 @@ def test_ends_with_a_full_comparison(tmp_path, model_folder, method, task):
         ),
         ({"method": "prompt_tuning", "target_modules": "q_proj"}, "prompt tuning goes into no layer"),
         ({"method": "full", "layers_to_transform": "upper-half"}, "trains every layer; leave it at all"),
-        ({"method": "c3a", "method_options": {"block_size": 0}}, "no block_size up to 0 suits layers from 32 to 16"),
         ({"method": "linear_probe", "layers_to_transform": "upper-half"}, "trains no layer; leave it at all"),
         ({"method": "full", "method_options": {"r": 4}}, "is no adapter and has none; leave out r"),
         ({"method": "lorra"}, r"unknown method 'lorra'; did you mean 'lora'\?"),
@@ -93,16 +92,6 @@ def test_what_was_probed_is_remembered_by_version(tmp_path, monkeypatch):
     monkeypatch.setattr("trimtab.support.package_versions", lambda: {"peft": "0"})
     assert probe_all(other) == found
     assert other.tried == len(found)
-
-
-def test_sizes_that_do_not_fit_are_fitted_with_a_note():
-    notes = []
-    counts = Counts()
-    counts.note = notes.append
-    study = build_study({"method": "oft", "method_options": {"oft_block_size": 12}})
-    config = build_config(build_on_meta("Llama"), study, progress=counts)
-    assert config.oft_block_size == 8
-    assert notes == ["oft: oft_block_size 12 does not suit these layers; 8 does"]
 
 
 def test_methods_command(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -69,17 +69,17 @@ def build_config(
         return None
     config_class = config_class_of(method)
     fields = {part.name: part for part in dataclasses.fields(config_class)}
-    for name in study.method_options:
-        if name not in fields:
-            raise StudyError(f"method_options: {method.name} has no {name!r}{suggest(name, fields)}; "
-                             f"it has: {', '.join(sorted(fields))}")  # fmt: skip
+    _check_option_names(method, study, fields)
     if targets is not None:
         options["target_modules"] = targets
-    options |= _filled_in(method, model, targets, token_ids, options)
     options |= study.method_options
-    if method.size is not None:
+    options = _filled_in(method, model, targets, token_ids, options) | options
+    note = None
+    if method.size is not None and method.size.instead in study.method_options:
+        options.setdefault(method.size.field, 0)
+    elif method.size is not None:
         options.setdefault(method.size.field, fields[method.size.field].default)
-    note = fit_size(method, options, model, targets)
+        note = fit_size(method, options, model, targets)
     if note and progress is not None:
         progress.note(note)
     try:
@@ -101,6 +101,15 @@ def _check_no_adapter(method: Method, study: StudyConfig) -> None:
         raise MethodError(
             f"{method.name} cannot do {study.task}: it trains a new head, and this task keeps the model's own"
         )
+
+
+def _check_option_names(method: Method, study: StudyConfig, fields: Collection[str]) -> None:
+    for name in study.method_options:
+        if name not in fields:
+            raise StudyError(f"method_options: {method.name} has no {name!r}{suggest(name, fields)}; "
+                             f"it has: {', '.join(sorted(fields))}")  # fmt: skip
+        if name in method.set_by_training:
+            raise StudyError(f"method_options: {name} follows from the number of steps; leave it out")
 
 
 def _options(method: Method, study: StudyConfig) -> dict[str, Any]:
@@ -126,7 +135,10 @@ def _filled_in(
     if method.name == "ia3":
         return {"feedforward_modules": feedforward_among(targets) if isinstance(targets, list) else []}
     if method.name == "adalora":  # the plan of the training is not known yet: `make_schedule` sets its steps
-        return {"total_step": 100, "init_r": options["target_r"] * 3 // 2 + 1}
+        start, end = options.get("init_r", options["target_r"] * 3 // 2 + 1), options["target_r"]
+        if start <= end:
+            raise StudyError(f"adalora: init_r ({start}) falls to target_r ({end}), so it has to be more; raise it")
+        return {"total_step": 100, "init_r": start}
     if method.name == "trainable_tokens":
         return {"token_indices": sorted(token_ids or range(min(_TRAINED_TOKENS, config.vocab_size)))}
     if method.name == "adaption_prompt":  # all but the lowest layers (Zhang et al. 2023, section 3.1)
