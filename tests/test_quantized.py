@@ -40,6 +40,7 @@ def test_a_run_on_a_quantised_base(tmp_path, model_folder, bits):
     assert done.returncode == 0, done.stderr
     assert f"precision is left alone: the base is held in {bits}" in done.stderr
     assert "bitsandbytes" not in done.stderr + done.stdout
+    assert "kernels" not in done.stderr + done.stdout
     run = RunFolder(tmp_path / "run")
     comparison = json.loads(run.comparison.read_text())
     assert comparison["reload"]["passed"]

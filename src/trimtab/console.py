@@ -268,6 +268,10 @@ def _two_columns(name: str, unit: str, rows: dict[str, str]) -> Table:
     return table
 
 
+# By whether the method works there, and whether any does.
+_MARKS = {(True, True): "[green]yes[/green]", (False, True): "[red]no[/red]", (False, False): "[dim]–[/dim]"}
+
+
 def show_support(found: Sequence[Support]) -> None:
     """A table of methods by families for each task, and each reason once."""
     from trimtab.methods import get_method
@@ -276,8 +280,8 @@ def show_support(found: Sequence[Support]) -> None:
     reasons: dict[str, set[str]] = {}
     for task in dict.fromkeys(row.task for row in found):
         rows = [row for row in found if row.task == task]
-        families = [family for family in dict.fromkeys(row.family for row in rows)
-                    if any(row.works for row in rows if row.family == family)]  # fmt: skip
+        families = list(dict.fromkeys(row.family for row in rows))
+        able = {row.family for row in rows if row.works}
         table = Table(title=task.replace("_", " "), title_justify="left")
         table.add_column("--method", no_wrap=True)
         table.add_column("what it is")
@@ -285,16 +289,17 @@ def show_support(found: Sequence[Support]) -> None:
             table.add_column(family, justify="center", no_wrap=True)
         for method in dict.fromkeys(row.method for row in rows):
             works = {row.family: row for row in rows if row.method == method}
-            marks = ["[green]yes[/green]" if works[family].works else "[red]no[/red]" for family in families]
+            marks = [_MARKS[works[family].works, family in able] for family in families]
             table.add_row(method, get_method(method).title, *marks)
             for family in families:
                 if not works[family].works:
-                    reasons.setdefault(works[family].reason, set()).add(f"{method} on {family}")
+                    place = f"{method} on {family}" if family in able else f"every method on {family}"
+                    reasons.setdefault(works[family].reason, set()).add(place)
         out.print(table)
     for reason, places in reasons.items():
         out.print(f"[red]no[/red] {', '.join(sorted(places))}: {escape(reason)}", soft_wrap=True)
     out.print("Any other method of the installed peft: --method NAME --method-options FIELD=VALUE. "
-              "A linear probe is part of every classification run.")  # fmt: skip
+              "Every run whose task has a new head scores its linear probe as a baseline, too.")  # fmt: skip
 
 
 def show_doctor(found: dict[str, Any]) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import psutil
 from peft.utils import get_peft_model_state_dict
 
 from trimtab.adapters.merged import is_narrow
 from trimtab.data import Row
+from trimtab.engine.batches import Collator
 from trimtab.engine.forward import usable_length
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import build_stack
@@ -87,26 +89,39 @@ class _Sizes:
     vocabulary: int
 
 
+class _Texts(NamedTuple):
+    """Tokens of a split: of all its rows, and of the first and the longest that stay in one batch."""
+
+    tokens: int
+    first: int
+    longest: int
+
+
 def estimate_job(job: Job) -> Estimate:
     """The estimate of a checked study."""
     study, task = job.study, job.task
     head = task.head_settings(job.data.label_names)
-    model = build_without_weights(job.source, task.auto_class, head)
+    build = partial(build_without_weights, job.source, task.auto_class, head)
+    model = build()
+    first = [model]  # the stack is asked for the adapters that come around this one
     new_modules = find_new_modules(job.source, model)
     stack = build_stack(backbone_of(model), native) if native.is_available() and study.quantize == "none" else None
-    sizes = _sizes_of(model, find_layers(model, study.layers_to_transform))
-    peft_model = check_method(lambda: model, study, new_modules)
+    head_only = get_method(study.method).trains_head_only
+    sizes = _sizes_of(model, [] if head_only else find_layers(model, study.layers_to_transform))
+    peft_model = check_method(lambda: first.pop() if first else build(), study, new_modules)
     trainable, total = (0, 0) if peft_model is None else peft_model.get_nb_trainable_parameters()
     forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
 
     tokenizer = load_tokenizer(job.source, study.added_tokens)
-    length = usable_length(model, study.max_length_tokens)
-    tokens = {
-        split: _count_tokens(job, getattr(job.data, split), tokenizer, model, length)
+    reserved = virtual_tokens_of(study)
+    length = usable_length(model, study.max_length_tokens + reserved) - reserved
+    texts = {
+        split: _measure_texts(job, getattr(job.data, split), tokenizer, model, length)
         for split in ("train", "validation", "test")
     }
-    adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model))
-    memory = _memory(job, sizes, trainable, total, forward, tokens["train"])
+    tokens = {split: found.tokens for split, found in texts.items()}
+    adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model, new_modules))
+    memory = _memory(job, sizes, trainable, total, forward, texts["train"])
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
     return Estimate(
@@ -136,33 +151,43 @@ def _sizes_of(model: Any, layers: list[int] | None) -> _Sizes:
     linears = [module for module in backbone_of(model).modules() if is_linear(module)]
     inner = max(max(module.weight.shape) for module in linears)
     count = config.num_hidden_layers
-    trained = count if not layers else count - layers[0]
+    trained = count if layers is None else count - layers[0] if layers else 0
     linear = sum(module.weight.numel() for module in linears)
     return _Sizes(count, trained, config.hidden_size, inner, linear, config.vocab_size)
 
 
-def _saved_parameters(peft_model: Any) -> int:
-    """Numbers that `save_adapter` will write."""
+def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
+    """Numbers of four bytes that `save_adapter` will write."""
     if peft_model is None:
         return 0
     config = peft_model.active_peft_config
-    if not config.is_prompt_learning:
-        return sum(value.numel() for value in get_peft_model_state_dict(peft_model).values())
-    heads = sum(value.numel() for name, value in peft_model.named_parameters() if "modules_to_save" in name)
-    a_token: int = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
-    return int(heads + config.num_virtual_tokens * a_token)
+    # Methods without `modules_to_save` get the head added to their file.
+    marks = ["modules_to_save"] if hasattr(config, "modules_to_save") else [f".{name}." for name in new_modules]
+    heads = sum(value.numel() for name, value in peft_model.named_parameters() if any(mark in name for mark in marks))
+    if config.is_prompt_learning:
+        a_token: int = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
+        return int(heads + config.num_virtual_tokens * a_token)
+    saved = get_peft_model_state_dict(peft_model).items()
+    held = sum(value.numel() for name, value in saved if not any(f".{module}." in name for module in new_modules))
+    if config.peft_type == "SHIRA":  # with each number its row and its column
+        held *= 3
+    if str(getattr(config, "init_lora_weights", "")).startswith("pissa"):  # saved as LoRA of twice its rank
+        held *= 2
+    return int(heads + held)
 
 
-def _count_tokens(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> int:
-    """Tokens of a split, from the lengths of its first rows."""
+def _measure_texts(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> _Texts:
+    """A split's tokens, from its first rows."""
     sample = rows[:_SAMPLED_ROWS]
     encoded = job.task.encode(sample, tokenizer, model, length)
-    return round(encoded.tokens * len(rows) / len(sample))
+    lengths = Collator(encoded.examples, True, 0, 0, encoded.together).lengths
+    return _Texts(round(encoded.tokens * len(rows) / len(sample)), lengths[0], max(lengths))
 
 
-def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, train_tokens: int) -> dict[str, int]:
+def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, train: _Texts) -> dict[str, int]:
     study = job.study
-    tokens = study.tokens_per_batch // study.gradient_accumulation_steps + virtual_tokens_of(study) * 16
+    budget = study.tokens_per_batch // study.gradient_accumulation_steps
+    tokens = min(max(budget, train.longest), train.tokens) + virtual_tokens_of(study) * 16
     # What a layer keeps of a token for its backward, in floats.
     kept = 9 * sizes.hidden + 3 * sizes.inner
     per_token = 4 * kept * sizes.trained_layers * _KEPT[forward]
@@ -173,13 +198,13 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
         goes_back = _is_mapped(job.source) and job.task.has_probe
         linear, copies = 0.0 if goes_back else linear, 4.0 * sizes.linear
         if _computes_in_int8(study):  # measured beside float32 on a few rows; then trained without that
-            several = max(_MEASURED_TOKENS, 0 if job.task.has_probe else study.max_length_tokens)  # a block, at least
+            several = max(min(_MEASURED_TOKENS, train.tokens), train.first)  # one text or block, at least
             measured, trained = (6.0 * sizes.linear, per_token * several), (2.0 * sizes.linear, batch)
             copies, batch = max(measured, trained, key=sum)
     vocabulary = (
         4 * _LOGIT_BUFFERS * chunk_positions(sizes.vocabulary) * sizes.vocabulary if not job.task.has_probe else 0
     )
-    vectors = _TEXT_BYTES * train_tokens * _text_columns(job)
+    vectors = _TEXT_BYTES * train.tokens * _text_columns(job)
     return {
         "libraries and data": int(psutil.Process().memory_info().rss),
         "text baseline": int(vectors),

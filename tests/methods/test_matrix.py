@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from gaps import expected_gap
 from trimtab.adapters import save_start, write_weights
 from trimtab.adapters.loading import read_adapter
 from trimtab.adapters.merged import check_mergeable, write_merged
@@ -21,24 +22,6 @@ from trimtab.methods import METHODS, attach_adapter, get_method, make_schedule
 from trimtab.progress import Silent
 from trimtab.support import FAMILIES, build_tiny_model, head_names, make_rows, probe, small_study
 from trimtab.tasks import TASKS, get_task
-
-# What cannot work, with a word of the reason; all else has to.
-CONV1D = {"loha", "lokr", "oft", "boft", "hra", "miss", "c3a", "shira", "road"}
-NO_LLAMA_ADAPTER = {"BERT", "RoBERTa", "DistilBERT", "Qwen2", "T5"}
-ENCODERS = {"BERT", "RoBERTa", "DistilBERT"}
-
-
-def expected_gap(method, task, family):
-    if (task in ("causal_lm", "preference") and family in ENCODERS) or (task == "seq2seq") != (family == "T5"):
-        return f"has no model for {task}"
-    if family == "GPT-2" and method in CONV1D:
-        return "Conv1D"
-    if method == "adaption_prompt" and family in NO_LLAMA_ADAPTER:
-        return "Unsupported model type"
-    if method == "prefix_tuning" and family == "DistilBERT":
-        return "past key values"
-    return None
-
 
 COMBINATIONS = [(method, task, family) for method in METHODS for task in TASKS for family in FAMILIES]
 WORKING = [combination for combination in COMBINATIONS if expected_gap(*combination) is None]

@@ -11,9 +11,10 @@ from samples import tiny_config
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import choose_forward, use_stock_attention
 from trimtab.engine.prepare import prepare_adapted
-from trimtab.errors import StudyError
+from trimtab.errors import MethodError, StudyError
 from trimtab.methods import (
     attach_adapter,
+    check_method,
     find_layers,
     find_target_modules,
     get_method,
@@ -140,6 +141,25 @@ def test_layers_without_numbers(tiny_model):
 def test_a_method_without_layers_says_so(tiny_model):
     with pytest.raises(StudyError, match="goes to all layers"):
         attach_adapter(tiny_model("llama"), build_study({"method": "ia3", "layers_to_transform": "upper-half"}), [])
+
+
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("BERT", ["classifier.weight", "classifier.bias"]), ("Llama", ["score.weight"]),
+     ("RoBERTa", ["classifier.out_proj.weight", "classifier.out_proj.bias"])],
+)  # fmt: skip
+def test_a_linear_probe_trains_the_last_linear_alone(family, head):
+    model = build_tiny_model(get_task("classification"), family)
+    probe = attach_adapter(model, build_study({"method": "linear_probe"}), head_names(model))
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == head
+    trainable, total = probe.get_nb_trainable_parameters()
+    assert trainable == sum(model.get_parameter(name).numel() for name in head) < total
+
+
+def test_a_linear_probe_needs_a_new_head():
+    study = build_study({"method": "linear_probe", "task": "causal_lm"})
+    with pytest.raises(MethodError, match=r"linear_probe cannot do causal_lm: it trains a new head, .*what can: lora"):
+        check_method(lambda: build_tiny_model(get_task("causal_lm"), "Llama"), study)
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "Llama", "Qwen2", "Mistral"])

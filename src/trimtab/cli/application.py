@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -26,6 +27,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a t
 
 def main() -> None:
     """Run the command; a TrimtabError becomes one line and its exit code."""
+    # Where a processor has bfloat16 products it warns of an optional package while peft is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="trimtab")
     except TrimtabError as error:

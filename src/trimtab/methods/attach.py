@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from trimtab.methods.whole_model import WholeModel
 from trimtab.progress import Progress, Silent
 from trimtab.study_config import StudyConfig
 from trimtab.tasks import get_task
+from trimtab.tasks.heads import final_linear
 
 # The model on which the methods' rates were chosen (MiniLM-L6).
 _RATED_WIDTH, _RATED_LAYERS = 384, 6
@@ -48,7 +49,7 @@ def learning_rate_of(study: StudyConfig, model: Any) -> float:
 def build_config(
     model: Any, study: StudyConfig, token_ids: Sequence[int] = (), progress: Progress | None = None
 ) -> Any:
-    """The peft config of the study on `model`, of which names and shapes are enough; None for full fine-tuning.
+    """The peft config of the study on `model`, of which names and shapes are enough; None for what is no adapter.
 
     Args:
         token_ids: the commonest tokens, for `trainable_tokens`; stand-ins if there are none.
@@ -64,21 +65,20 @@ def build_config(
     layers = find_layers(model, study.layers_to_transform)
     options = _options(method, study)
     if not method.is_adapter:
-        if layers is not None:
-            raise StudyError(f"layers_to_transform: {method.title} trains every layer; leave it at all")
+        _check_no_adapter(method, study)
         return None
     config_class, fields = config_class_of(method), _fields_of(method)
-    for name in study.method_options:
-        if name not in fields:
-            raise StudyError(f"method_options: {method.name} has no {name!r}{suggest(name, fields)}; "
-                             f"it has: {', '.join(sorted(fields))}")  # fmt: skip
+    _check_option_names(method, study, fields)
     if targets is not None:
         options["target_modules"] = targets
-    options |= _filled_in(method, model, targets, token_ids, options)
     options |= study.method_options
-    if method.size is not None:
+    options = _filled_in(method, model, targets, token_ids, options) | options
+    note = None
+    if method.size is not None and method.size.instead in study.method_options:
+        options.setdefault(method.size.field, 0)
+    elif method.size is not None:
         options.setdefault(method.size.field, fields[method.size.field].default)
-    note = fit_size(method, options, model, targets)
+        note = fit_size(method, options, model, targets)
     if note and progress is not None:
         progress.note(note)
     try:
@@ -86,6 +86,29 @@ def build_config(
     except (TypeError, ValueError) as error:
         raise StudyError(f"{method.name}: peft refuses these settings: {error}") from error
     return config if layers is None else _limit_to_layers(config, model, layers, method)
+
+
+def _check_no_adapter(method: Method, study: StudyConfig) -> None:
+    """Refuse what only adapters have, and a probe where no head is new."""
+    if study.layers_to_transform != "all":
+        trains = "trains no layer" if method.trains_head_only else "trains every layer"
+        raise StudyError(f"layers_to_transform: {method.title} {trains}; leave it at all")
+    if study.method_options:
+        named = ", ".join(study.method_options)
+        raise StudyError(f"method_options: {method.short_title} is no adapter and has none; leave out {named}")
+    if method.trains_head_only and not get_task(study.task).has_probe:
+        raise MethodError(
+            f"{method.name} cannot do {study.task}: it trains a new head, and this task keeps the model's own"
+        )
+
+
+def _check_option_names(method: Method, study: StudyConfig, fields: Collection[str]) -> None:
+    for name in study.method_options:
+        if name not in fields:
+            raise StudyError(f"method_options: {method.name} has no {name!r}{suggest(name, fields)}; "
+                             f"it has: {', '.join(sorted(fields))}")  # fmt: skip
+        if name in method.set_by_training:
+            raise StudyError(f"method_options: {name} follows from the number of steps; leave it out")
 
 
 def _options(method: Method, study: StudyConfig) -> dict[str, Any]:
@@ -111,7 +134,10 @@ def _filled_in(
     if method.name == "ia3":
         return {"feedforward_modules": feedforward_among(targets) if isinstance(targets, list) else []}
     if method.name == "adalora":  # the plan of the training is not known yet: `make_schedule` sets its steps
-        return {"total_step": 100, "init_r": options["target_r"] * 3 // 2 + 1}
+        start, end = options.get("init_r", options["target_r"] * 3 // 2 + 1), options["target_r"]
+        if start <= end:
+            raise StudyError(f"adalora: init_r ({start}) falls to target_r ({end}), so it has to be more; raise it")
+        return {"total_step": 100, "init_r": start}
     if method.name == "trainable_tokens":
         return {"token_indices": sorted(token_ids or range(min(_TRAINED_TOKENS, config.vocab_size)))}
     if method.name == "adaption_prompt":  # all but the lowest layers (Zhang et al. 2023, section 3.1)
@@ -158,7 +184,8 @@ def attach_adapter(
         token_ids: the commonest tokens, for `trainable_tokens`.
         new_token_ids: those of the study's new tokens; the vocabulary's last stand in, if there are none.
 
-    Returns peft's model for the study's task, or a `WholeModel` where all weights are to be trained.
+    Returns peft's model for the study's task, or a `WholeModel` where the base's own weights, or its head alone,
+    are to be trained.
 
     Raises:
         StudyError: the method cannot go into this model, with peft's reason and the methods that can.
@@ -169,9 +196,11 @@ def attach_adapter(
     if study.added_tokens:
         _train_new_tokens(config, model, study, new_token_ids)
     if config is None:
-        return WholeModel(model)
+        return WholeModel(model, final_linear(model) if get_method(study.method).trains_head_only else None)
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = has_conv1d(model)
+    if hasattr(config, "mask_fn") and next(model.parameters()).is_meta:
+        config.mask_fn = None  # SHiRA draws which weights it trains from theirs; how many they are needs no draw
     if hasattr(config, "modules_to_save"):
         config.modules_to_save = sorted({name.rpartition(".")[2] for name in new_modules}) or None
         return _wrap(get_peft_model, model, config, study)
@@ -186,7 +215,7 @@ def attach_adapter(
 def _train_new_tokens(config: Any, model: Any, study: StudyConfig, ids: Sequence[int]) -> None:
     """Let a method train the embeddings of the study's new tokens beside its own weights."""
     field = "trainable_token_indices"
-    if config is None:
+    if config is None and not get_method(study.method).trains_head_only:
         return  # all weights train
     if not hasattr(config, field):
         having = [name for name, row in METHODS.items() if row.is_adapter and field in _fields_of(row)]
@@ -220,24 +249,28 @@ def check_method(build_model: Callable[[], Any], study: StudyConfig, new_modules
         MethodError: peft cannot put the method into the model; names those that it can.
     """
     try:
-        return _attach_without_weights(build_model(), study, new_modules)
+        return _attach_without_weights(build_model, study, new_modules)
     except MethodError as error:
         working = []
         for name in METHODS:
             try:
-                _attach_without_weights(build_model(), study.model_copy(update={"method": name, "method_options": {}}))
+                _attach_without_weights(build_model, study.model_copy(update={"method": name, "method_options": {}}))
             except StudyError:
                 continue
             working.append(name)
         raise MethodError(f"{error}; what can: {', '.join(working)}") from error
 
 
-def _attach_without_weights(model: Any, study: StudyConfig, new_modules: Sequence[str] = ()) -> Any:
-    try:
-        with torch.device("meta"):
-            peft_model = attach_adapter(model, study, new_modules)
-    except (NotImplementedError, RuntimeError):  # an initial value is computed from weights
-        return None
+def _attach_without_weights(build_model: Callable[[], Any], study: StudyConfig, new_modules: Sequence[str] = ()) -> Any:
+    peft_model = None
+    for device in ("meta", "cpu"):  # of the adapter alone: BOFT counts through its matrices' values
+        model = build_model()
+        try:
+            with torch.device(device):
+                peft_model = attach_adapter(model, study, new_modules)
+        except (NotImplementedError, RuntimeError):  # an initial value is computed from weights
+            continue
+        break
     config = getattr(peft_model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         _check_forward(peft_model, study)

@@ -15,10 +15,14 @@ Places = Literal["attention", "keys_values_feedforward", "norms", "none"]
 
 
 class SizeRule(NamedTuple):
-    """A config field whose value has to suit every adapted layer: `allows(value, inputs, outputs)`."""
+    """A config field whose value has to suit every adapted layer: `allows(value, inputs, outputs)`.
+
+    `instead` is peft's other way to say the same, with which the field has to be 0.
+    """
 
     field: str
     allows: Callable[[int, int, int], bool]
+    instead: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Method:
     starts_at_base: bool = True
     rates: Callable[[str], float] | None = None
     refused_bits: tuple[str, ...] = ()  # quantised bases that it cannot train on
+    trains_head_only: bool = False
+    set_by_training: tuple[str, ...] = ()  # options that follow from the number of steps
 
     @property
     def short_title(self) -> str:
@@ -81,17 +87,19 @@ _ROWS = (
            rates=_lora_plus),
     Method("adalora", "AdaLoRA (Zhang et al. 2023)", "ADALORA", 5e-3,
            settings={"r": "target_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
-           options={"target_r": 8, "lora_alpha": 16, "lora_dropout": 0.05}),
+           options={"target_r": 8, "lora_alpha": 16, "lora_dropout": 0.05},
+           set_by_training=("total_step", "tinit", "tfinal")),
     Method("ia3", "(IA)3 (Liu et al. 2022)", "IA3", 1e-2, places="keys_values_feedforward"),
     Method("loha", "LoHa, Hadamard products (Hyeon-Woo et al. 2022)", "LOHA", 2e-3, settings=_RANK,
            refused_bits=("4bit",)),
     Method("lokr", "LoKr, Kronecker products (Yeh et al. 2024)", "LOKR", 2e-3, settings=_RANK, refused_bits=("4bit",)),
     Method("vera", "VeRA, scaled random matrices (Kopiczko et al. 2024)", "VERA", 2e-2, settings=_RANK),
     Method("oft", "OFT, orthogonal blocks (Qiu et al. 2023)", "OFT", 2e-3,
-           size=SizeRule("oft_block_size", lambda size, inputs, outputs: size > 1 and inputs % size == 0)),
+           size=SizeRule("oft_block_size", lambda size, inputs, outputs: size > 1 and inputs % size == 0, "r")),
     Method("boft", "BOFT, orthogonal butterflies (Liu et al. 2024)", "BOFT", 5e-3,
            size=SizeRule("boft_block_size",
-                         lambda size, inputs, outputs: size > 1 and size % 2 == 0 and inputs % (2 * size) == 0)),
+                         lambda size, inputs, outputs: size > 1 and size % 2 == 0 and inputs % (2 * size) == 0,
+                         "boft_block_num")),
     Method("hra", "HRA, Householder reflections (Yuan et al. 2024)", "HRA", 2e-3, settings=_RANK,
            size=SizeRule("r", lambda r, inputs, outputs: r % 2 == 0 and r <= inputs), refused_bits=("4bit",)),
     Method("fourierft", "FourierFT (Gao et al. 2024)", "FOURIERFT", 2e-2, options={"init_weights": True},
@@ -122,6 +130,8 @@ _ROWS = (
     Method("adaption_prompt", "LLaMA-Adapter (Zhang et al. 2023)", "ADAPTION_PROMPT", 1e-2, places="none",
            options={"adapter_len": 10}),
     Method("full", "full fine-tuning, no adapter", "", 2e-4, places="none", refused_bits=_ALL_BITS),
+    Method("linear_probe", "linear probe, the head alone on a frozen base", "", 3e-3, places="none",
+           refused_bits=_ALL_BITS, trains_head_only=True),
 )  # fmt: skip
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
@@ -135,10 +145,6 @@ def get_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    if name == "linear_probe":
-        raise StudyError(
-            "method linear_probe: every classification run scores it already; name a method to compare it with"
-        )
     import dataclasses
 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -1,4 +1,4 @@
-"""Full fine-tuning in the place of an adapter: every weight is trained, and the whole model is saved."""
+"""What stands in the place of an adapter: full fine-tuning, and the linear probe. The whole model is saved."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from torch import nn
 
 
 class WholeModel(nn.Module):
-    """A model without an adapter, with as much of `peft.PeftModel` as a trial asks for."""
+    """A model without an adapter, with as much of `peft.PeftModel` as a trial asks for.
 
-    def __init__(self, model: Any) -> None:
+    Every weight is trained; or those of `trained` alone, a part of the model.
+    """
+
+    def __init__(self, model: Any, trained: nn.Module | None = None) -> None:
         super().__init__()
-        self.base_model = model.requires_grad_(True)
+        self.base_model = model.requires_grad_(trained is None)
+        if trained is not None:
+            trained.requires_grad_(True)
         self.config = model.config
 
     def get_base_model(self) -> Any:

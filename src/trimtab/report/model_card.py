@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from trimtab.methods.table import METHODS
 from trimtab.report import tables, wording
 from trimtab.report.content import Content, System, Trial
 from trimtab.report.markdown import facts_list, plain, table_grid
@@ -87,7 +88,8 @@ def _usage(content: Content) -> str:
     _, auto_class = _HUB_TASKS.get(content.task, ("", "AutoPeftModel"))
     names = content.data.get("label_names") or []
     labels = f", num_labels={len(names)}" if names else ", num_labels=1" if content.task == "regression" else ""
-    if content.study.get("method") == "full":
+    row = METHODS.get(str(content.study.get("method")))
+    if row is not None and not row.is_adapter:
         return "It holds every weight of the model: `from_pretrained` of plain transformers reads this folder."
     lines = [
         "In stock peft, with FOLDER for where this file lies:", "",

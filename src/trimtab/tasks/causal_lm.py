@@ -42,6 +42,7 @@ class _Encoder:
         self.last_turn_only = last_turn_only
         self.max_length = max_length_tokens
         self.truncated = 0  # rows that lost tokens
+        self.marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
 
     def encode(self, row: Row) -> list[Example]:
         """One or more examples of a row.
@@ -84,7 +85,9 @@ class _Encoder:
                     "the chat goes on, so its tokens cannot be told; give each chat up to that turn as its own row"
                 )
             learnt[len(before) : len(after)] = [True] * (len(after) - len(before))
-        return ids, learnt
+        if messages[-1]["role"] == "assistant" and not self.marks & set(ids[len(before) :]):
+            ids = end_text(ids, self.tokenizer)  # or a template that marks no end would teach none
+        return ids, learnt + [True] * (len(ids) - len(learnt))
 
     def _template(self, row: Row, messages: list[dict[str, str]], **settings: Any) -> list[int]:
         try:
