@@ -109,6 +109,12 @@ def test_a_language_models_blocks_are_as_long_as_its_texts(tmp_path, model_folde
     assert activations(600, 900) > activations(600, 16)
 
 
+def test_a_method_that_cannot_be_counted_says_so(job):
+    study = job.study.model_copy(update={"method": "frod"})
+    with pytest.raises(MethodError, match=r"frod starts from the base's weights.*; trimtab run works all the same"):
+        estimate_job(replace(job, study=study))
+
+
 def test_all_checks_are_made(tmp_path, model_folder):
     with pytest.raises(MethodError, match="loha cannot go into GPT2"):
         check_study(make_study(tmp_path, model_folder("gpt2"), method="loha"), Silent(), claim=False)

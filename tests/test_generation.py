@@ -1,17 +1,19 @@
 """Texts that an adapter writes: as stock peft does, in batches as alone, seeded, beside the base, and as a stream."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab
-from samples import run_here, run_trimtab, write_reviews, write_tales
+from samples import Notes, run_here, run_trimtab, write_reviews, write_tales
 from trimtab.errors import AdapterError
+from trimtab.prediction import generate_records
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.sampling import Sampling
 from trimtab.study_config import build_study
@@ -116,6 +118,45 @@ def test_what_says_no_label_and_has_no_template_is_told(loaded, tmp_path):
     done = run_trimtab("predict", loaded.path, "--input", reviews)
     assert done.returncode == 2
     assert "is a causal_lm adapter, which writes texts: try `trimtab generate`" in done.stderr
+
+
+def test_an_adapter_of_chats_reads_prompts_as_chats(tmp_path, model_folder):
+    base = shutil.copytree(model_folder("llama", "AutoModelForCausalLM"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} truly {% else %}number {{ m.content }} {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}number {% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    turns = [{"role": "user", "content": "a joy"}, {"role": "assistant", "content": "warm funny"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    run_here(build_study(
+        {"model": str(base), "train_data": str(tmp_path / "chats.jsonl"), "task": "causal_lm", "num_train_epochs": 1,
+         "tokens_per_batch": 64, "max_length_tokens": 32, "learning_rate": 1e-2, "out": str(tmp_path / "run")}
+    ))  # fmt: skip
+    chatty = trimtab.load_adapter(RunFolder(tmp_path / "run").trial("lora", 0).adapter)
+    assert chatty.facts["is_chat"]
+    written = chatty.generate(["the best film"], Sampling(8))
+    assert written == chatty.generate(["the best film truly number"], Sampling(8), is_chat=False)
+    assert written != chatty.generate(["the best film"], Sampling(8), is_chat=False)
+    streamed = list(generate_records(chatty, [({"text": "the best film"}, 1)], "prompts", sampling=Sampling(8)))
+    assert [record["generated"] for record in streamed] == written
+
+
+def test_without_a_pad_token_a_batch_writes_what_each_alone_does(tmp_path, model_folder):
+    base = shutil.copytree(model_folder("llama", "AutoModelForCausalLM"), tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("config.json", "generation_config.json"):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | {"pad_token_id": None}))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    bare = trimtab.load_adapter(tmp_path / "adapter", progress=Notes())
+    assert bare.scorer.base.tokenizer.pad_token == "[SEP]"
+    for sampling in (Sampling(12), Sampling(12, temperature=2.0)):
+        assert [bare.generate([prompt], sampling)[0] for prompt in PROMPTS] == bare.generate(PROMPTS, sampling)
 
 
 def test_a_chat_template_is_used_where_it_is_asked_for(loaded, monkeypatch):

@@ -22,6 +22,7 @@ from trimtab.engine.forward import usable_length
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import build_stack
 from trimtab.engine.scoring import SCORING_TOKENS_PER_BATCH
+from trimtab.errors import MethodError
 from trimtab.job import Job
 from trimtab.machine import measure_gemm_rates
 from trimtab.methods import WholeModel, check_method, get_method, learning_rate_of, virtual_tokens_of
@@ -98,7 +99,11 @@ class _Texts(NamedTuple):
 
 
 def estimate_job(job: Job) -> Estimate:
-    """The estimate of a checked study."""
+    """The estimate of a checked study.
+
+    Raises:
+        MethodError: a method whose parameters depend on the values of the base's weights.
+    """
     study, task = job.study, job.task
     head = task.head_settings(job.data.label_names)
     build = partial(build_without_weights, job.source, task.auto_class, head)
@@ -109,7 +114,12 @@ def estimate_job(job: Job) -> Estimate:
     head_only = get_method(study.method).trains_head_only
     sizes = _sizes_of(model, [] if head_only else find_layers(model, study.layers_to_transform))
     peft_model = check_method(lambda: first.pop() if first else build(), study, new_modules)
-    trainable, total = (0, 0) if peft_model is None else peft_model.get_nb_trainable_parameters()
+    if peft_model is None:
+        raise MethodError(
+            f"{study.method} starts from the base's weights, so its parameters cannot be counted before they are read; "
+            "trimtab run works all the same"
+        )
+    trainable, total = peft_model.get_nb_trainable_parameters()
     forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
 
     tokenizer = load_tokenizer(job.source, study.added_tokens)
@@ -158,8 +168,6 @@ def _sizes_of(model: Any, layers: list[int] | None) -> _Sizes:
 
 def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
     """Numbers of four bytes that `save_adapter` will write."""
-    if peft_model is None:
-        return 0
     config = peft_model.active_peft_config
     # Methods without `modules_to_save` get the head added to their file.
     marks = ["modules_to_save"] if hasattr(config, "modules_to_save") else [f".{name}." for name in new_modules]

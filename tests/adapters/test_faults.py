@@ -153,6 +153,8 @@ def test_configs_name_no_other_files_and_no_huge_sizes(tmp_path, config, message
         ({"rank_pattern": {"q_proj": 1_000_000}}, "rank_pattern of q_proj is 1000000; a whole number between 1 and 4096"),
         ({"layer_replication": [[0, 1]] * 5000}, "layer_replication holds more than 4096 ranges"),
         ({"eva_config": {"tokenizer": {"trust_remote_code": True}}}, "asks to run code that comes with a model"),
+        ({"eva_config": [{"tokenizer": {"trust_remote_code": "yes"}}]}, "asks to run code that comes with a model"),
+        ({"loftq_config": {"trust_remote_code": 1}}, "asks to run code that comes with a model"),
         ({"peft_type": "OS_SYSTEM"}, "the installed peft has no method 'OS_SYSTEM'"),
     ],
 )  # fmt: skip
@@ -160,6 +162,12 @@ def test_configs_that_ask_for_more_than_an_adapter_needs(adapter, changes, messa
     change_config(adapter, **changes)
     with pytest.raises(AdapterError, match=message):
         trimtab.load_adapter(adapter)
+
+
+def test_a_config_that_only_mentions_code_is_read(adapter):
+    """Where it is off, or no more than a text."""
+    change_config(adapter, eva_config={"trust_remote_code": False}, revision='with "trust_remote_code": true')
+    check_config(adapter / CONFIG)
 
 
 def test_a_pickle_in_place_of_safetensors(adapter):

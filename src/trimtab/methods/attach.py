@@ -10,7 +10,7 @@ import torch
 
 from trimtab.errors import MethodError, StudyError, suggest
 from trimtab.methods.sizes import fit_size
-from trimtab.methods.table import METHODS, Method, get_method
+from trimtab.methods.table import METHODS, UNUSABLE, Method, get_method
 from trimtab.methods.targets import (
     check_layers,
     feedforward_among,
@@ -59,6 +59,8 @@ def build_config(
             or sizes that suit none of its layers.
     """
     method = get_method(study.method)
+    if method.name in UNUSABLE:
+        raise MethodError(f"{method.name} cannot be trained here: {UNUSABLE[method.name]}")
     if study.quantize in method.refused_bits:
         raise MethodError(f"{method.name} cannot be trained on a base in {study.quantize} (quantize)")
     targets = find_target_modules(model, study.target_modules, method)
@@ -272,17 +274,19 @@ def _attach_without_weights(build_model: Callable[[], Any], study: StudyConfig, 
             continue
         break
     config = getattr(peft_model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning:
+    if config is not None and (config.is_prompt_learning or study.method not in METHODS):
         _check_forward(peft_model, study)
     return peft_model
 
 
 def _check_forward(peft_model: Any, study: StudyConfig) -> None:
-    """Whether prompt learning fits a model shows only when it computes."""
+    """Whether prompt learning, or a method that nobody tried, fits a model shows only when it computes."""
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    # transformers looks into the values of a mask, and there are none here; virtual tokens need one all the same.
+    mask = torch.ones_like(ids) if peft_model.active_peft_config.is_prompt_learning else None
     try:
         with torch.device("meta"):
-            peft_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            peft_model(input_ids=ids, attention_mask=mask)
     except ValueError as error:
         kind = type(peft_model.get_base_model()).__name__
         raise MethodError(f"{study.method} cannot go into {kind}: {first_sentence(error)}") from error

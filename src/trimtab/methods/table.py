@@ -136,6 +136,14 @@ _ROWS = (
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
 
+# Methods of peft that need what a study does not have.
+UNUSABLE: Mapping[str, str] = MappingProxyType({
+    "multitask_prompt_tuning": "it learns several tasks at once, and asks for a task's number with each text",
+    "poly": "it learns several tasks at once, and asks for a task's number with each text",
+    "shadow": "it computes beside the base's layers, outside of what they are asked for",
+    "xlora": "it mixes adapters that are trained already, and trains none; trimtab combine makes one of several",
+})  # fmt: skip
+
 
 def get_method(name: str) -> Method:
     """The method called `name`: a row of the table, or anything else that the installed peft knows.
