@@ -156,7 +156,7 @@ Three times the pipeline is out of reach in float32: a row of {found["tokens_per
 ({found["float32_rate"]:,.0f} GFLOP/s when nothing else runs) allow {limit:,.0f} rows a second before anything else is
 done, {limit / rates["pipeline"]:.2f} times the pipeline.
 `--precision int8` has another limit; it is a choice, since labels near the boundary change. `--precision auto` computes
-those rows anew in float32, {found["rates"]["again"]:.0%} of them here, and so has float32's labels.
+rows that lie near one anew in float32, and so has float32's labels.
 
 Whole files through the command, from its start to its end, and its memory in MiB after a tenth, a half and nine tenths
 of that time:
