@@ -188,7 +188,8 @@ def refer_splits(job: Job, scorer: Scorer, encoded: EncodedSplits) -> EncodedSpl
 def encode_splits(job: Job, scorer: Scorer) -> EncodedSplits:
     """Tokenise every split, and tell lengths and truncations."""
     job.progress.stage("Tokenising")
-    splits = {name: scorer.encode(getattr(job.data, name)) for name in ("train", "validation", "test")}
+    with job.naming_files():
+        splits = {name: scorer.encode(getattr(job.data, name)) for name in ("train", "validation", "test")}
     lengths = {name: _describe_lengths(encoded) for name, encoded in splits.items()}
     separator = pair_separator(scorer.base.tokenizer) if job.data.columns.text_pair else None
     write_json(job.run.data_summary, job.data.summary() | {"tokens": lengths, "pair_separator": separator})
