@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import trimtab
 from samples import run_here, run_trimtab, write_reviews, write_tales
 from trimtab import merging
 from trimtab.adapters.files import write_facts
+from trimtab.console import show_merge
 from trimtab.errors import AdapterError, DataError, InputError, MergeError, SourceError, StudyError
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.merging import merge_adapter
@@ -122,13 +124,25 @@ def test_what_differs_by_more_is_written_by_force_only(finished, tmp_path, monke
     assert (tmp_path / "strict" / "model.safetensors").is_file()
 
 
-def test_an_adapter_of_a_quantised_base_goes_into_full_precision(tmp_path, model_folder):
-    tune(tmp_path, model_folder("llama"), quantize="4bit")
-    done = run_trimtab("merge", tmp_path / "run", "--out", tmp_path / "merged")
-    assert done.returncode == 0, done.stderr
-    assert "the adapter was trained on the base in 4bit" in done.stdout
-    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as merged:
-        assert {merged.get_tensor(name).dtype for name in merged.keys()} == {torch.float32}  # noqa: SIM118
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_an_adapter_of_a_quantised_base_goes_into_full_precision(tmp_path, model_folder, bits, capsys):
+    comparison = tune(tmp_path, model_folder("llama"), quantize=bits)
+    assert comparison["reload"]["passed"]
+    assert comparison["contrasts"]
+    show_merge(merge_adapter(tmp_path / "run", tmp_path / "merged"), tmp_path / "merged")
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"the adapter was trained on the base in {bits}, with accuracy" in told
+    merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", model_folder("llama")))
+    assert {weight.dtype for weight in merged.values()} == {torch.float32}
+    trained = load_file(RunFolder(tmp_path / "run").trial("lora", 0).adapter / "adapter_model.safetensors")
+    for name, weight in base.items():  # not what 8 or 4 bits made of them
+        adapter = f"base_model.model.model.{name.removesuffix('.weight')}"
+        if f"{adapter}.lora_A.weight" in trained:
+            added = 2.0 * trained[f"{adapter}.lora_B.weight"] @ trained[f"{adapter}.lora_A.weight"]
+            assert added.abs().max() > 1e-3
+            torch.testing.assert_close(merged[f"model.{name}"], weight + added)
+        else:
+            assert torch.equal(merged[f"model.{name}"], weight)
     assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
     labels = {row["label"] for row in read_jsonl(tmp_path / "run" / "test.jsonl")}
     assert len(json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]) == len(labels)

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
@@ -13,7 +14,7 @@ from samples import run_trimtab, write_reviews
 from trimtab.data import read_rows
 from trimtab.errors import MethodError, StudyError
 from trimtab.methods import METHODS, check_method
-from trimtab.models import count_parameters, load_base
+from trimtab.models import count_parameters, keep_float32_products, load_base
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder
 from trimtab.sources import ModelSource
@@ -58,6 +59,7 @@ def test_a_run_on_a_quantised_base(tmp_path, model_folder, bits):
     base = AutoModelForSequenceClassification.from_pretrained(
         model_folder("llama"), num_labels=2, quantization_config=config, dtype=torch.float32
     )
+    keep_float32_products(base)  # as the run did: bitsandbytes' bfloat16 layout does not take layers of 32
     trial = run.trial("lora", 0)
     peft_model = PeftModel.from_pretrained(base, str(trial.adapter)).eval()
     tokenizer = AutoTokenizer.from_pretrained(trial.adapter)
@@ -87,6 +89,16 @@ def test_methods_train_or_are_refused(model_folder, method, bits):
             check_method(lambda: build_tiny_model(TASK, "Llama"), study)
         return
     train_two_steps(load_quantised(model_folder("llama"), bits).model, TASK, study)
+
+
+def test_scores_stay_in_float32(model_folder):
+    """Where a processor has bfloat16 products, too: what a layer gives is its weights taken apart, times its input."""
+    base = load_quantised(model_folder("llama"), "4bit")
+    layer = base.model.model.layers[0].self_attn.q_proj
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        torch.testing.assert_close(layer(rows), rows @ weight.t(), atol=1e-6, rtol=1e-5)
 
 
 def test_the_log_is_quiet(model_folder, caplog):

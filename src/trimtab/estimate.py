@@ -187,7 +187,8 @@ def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
 def _measure_texts(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> _Texts:
     """A split's tokens, from its first rows."""
     sample = rows[:_SAMPLED_ROWS]
-    encoded = job.task.encode(sample, tokenizer, model, length)
+    with job.naming_files():
+        encoded = job.task.encode(sample, tokenizer, model, length)
     lengths = Collator(encoded.examples, True, 0, 0, encoded.together).lengths
     return _Texts(round(encoded.tokens * len(rows) / len(sample)), lengths[0], max(lengths))
 

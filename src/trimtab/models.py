@@ -224,6 +224,7 @@ def load_base(
     model.eval()
     if quantize == "none":  # bitsandbytes has put the others in their place
         model.to(PartialState().device)
+    keep_float32_products(model)
     return BaseModel(model, tokenizer, source, new_modules)
 
 
@@ -243,6 +244,17 @@ def _quantization_settings(quantize: Quantize) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.float32,
     )
     return {"quantization_config": config}
+
+
+def keep_float32_products(model: Any) -> None:
+    """Keep bitsandbytes from multiplying in bfloat16 where a processor can.
+
+    In eval mode its 4-bit layers would lay their weights out anew for that, which fails where a row is no multiple of
+    the quantisation's blocks, and scores would depend on the processor.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def count_parameters(model: Any) -> int:

@@ -36,6 +36,7 @@ from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear, readout_of
 from trimtab.tasks.preference import Preference, log_probabilities, refer_to
 from trimtab.tasks.seq2seq import longest_target
+from trimtab.tasks.sequences import pair_separator
 from trimtab.tuning import cached_prefix, tune
 from trimtab.untuned import score_untuned, untuned_are_scored
 
@@ -190,9 +191,11 @@ def refer_splits(job: Job, scorer: Scorer, encoded: EncodedSplits) -> EncodedSpl
 def encode_splits(job: Job, scorer: Scorer) -> EncodedSplits:
     """Tokenise every split, and tell lengths and truncations."""
     job.progress.stage("Tokenising")
-    splits = {name: scorer.encode(getattr(job.data, name)) for name in ("train", "validation", "test")}
+    with job.naming_files():
+        splits = {name: scorer.encode(getattr(job.data, name)) for name in ("train", "validation", "test")}
     lengths = {name: _describe_lengths(encoded) for name, encoded in splits.items()}
-    write_json(job.run.data_summary, job.data.summary() | {"tokens": lengths})
+    separator = pair_separator(scorer.base.tokenizer) if job.data.columns.text_pair else None
+    write_json(job.run.data_summary, job.data.summary() | {"tokens": lengths, "pair_separator": separator})
     train = lengths["train"]
     job.progress.note(
         f"tokens a text: median {train['median']:.0f}, 95 % within {train['p95']:.0f}, longest {train['longest']}; "

@@ -41,7 +41,11 @@ class StudyConfig(BaseModel):
     validation_data: str | None = Field(None, description="Validation rows; cut from train if missing.")
     test_data: str | None = Field(None, description="Test rows; cut from train if missing.")
     text_column: str | None = Field(None, description="Column with the text; found by name if missing.")
-    text_pair_column: str | None = Field(None, description="Column with a second text, for pairs.")
+    text_pair_column: str | None = Field(
+        None,
+        description="Column with a second text, for pairs; a decoder that marks no "
+        "border gets a line break between the two.",
+    )
     label_column: str | None = Field(None, description="Column with the label; found by name if missing.")
     completion_column: str | None = Field(
         None, description="causal_lm: column with what follows the prompt in text_column; only this is learnt."

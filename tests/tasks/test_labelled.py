@@ -228,6 +228,27 @@ def test_balanced_weights_add_up_over_parts_of_a_batch():
     assert Classification().class_weights is None
 
 
+def test_balanced_weights_in_a_whole_run(tmp_path, model_folder):
+    """One row in eight is of the rare class, and the words tell it half of the time: only weights make it worth a guess."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(320):
+        label = ["common", "rare"][number % 8 == 0]
+        hint = "joy" if (label == "rare" or generator.random() < 0.3) else "dull"
+        rows.append({"text": f"{hint} {generator.choice(WORDS[2:])} {generator.choice(WORDS[2:])}", "label": label})
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    recalls = {}
+    for weights in ("none", "balanced"):
+        comparison = run_here(build_study(
+            {"model": str(model_folder("bert")), "train_data": str(data), "class_weights": weights, "num_train_epochs": 2,
+             "tokens_per_batch": 128, "max_length_tokens": 16, "out": str(tmp_path / weights)}
+        ))  # fmt: skip
+        assert comparison["reload"]["passed"]
+        recalls[weights] = {system["name"]: system["metrics"]["recall"]["value"] for system in comparison["systems"]}
+    for name in ("tfidf-logistic-regression", "linear-probe", "lora-s0"):
+        assert recalls["balanced"][name] > recalls["none"][name], name
+
+
 def test_balanced_weights_are_for_classes(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", make_rows("regression"))
     done = run_trimtab("run", "--task", "regression", "--train-data", path, "--class-weights", "balanced",

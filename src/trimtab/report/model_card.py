@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -96,11 +97,20 @@ def _usage(content: Content) -> str:
         "```python", f"from peft import {auto_class}", "from transformers import AutoTokenizer", "",
         f'model = {auto_class}.from_pretrained("FOLDER"{labels})',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        "```",
+        *_pair_lines(content), "```",
     ]  # fmt: skip
     writes = content.task in ("causal_lm", "preference")
     command = 'generate FOLDER --prompt "…" --compare' if writes else "predict FOLDER --input rows.csv --out found.csv"
     return "\n".join([*lines, "", f"Or with Trimtab: `trimtab {command}`."])
+
+
+def _pair_lines(content: Content) -> list[str]:
+    """How two texts are put to the tokenizer, where the adapter reads pairs."""
+    if not (content.data.get("columns") or {}).get("text_pair"):
+        return []
+    separator = content.data.get("pair_separator")
+    together = "first, second" if separator is None else f"first + {json.dumps(separator)} + second"
+    return [f'inputs = tokenizer({together}, return_tensors="pt")']
 
 
 def _limits(content: Content, system: System) -> str:
