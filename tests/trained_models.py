@@ -7,7 +7,6 @@ import torch
 from peft import PeftModel
 
 from trimtab.adapters import save_start, write_weights
-from trimtab.adapters.loading import read_adapter
 from trimtab.adapters.merged import check_mergeable, write_merged
 from trimtab.engine.batches import Collator, TrainingPlan
 from trimtab.engine.forward import PaddedForward, PromptForward, choose_forward
@@ -65,13 +64,6 @@ class Trained:
         with torch.no_grad():
             found = [self.choice.forward.logits(self.collator().collate([i])) for i in range(len(self.examples))]
         return torch.cat(found)
-
-    def outputs_as_loaded(self, folder):
-        """The same from an adapter folder as `load_adapter` reads it, on the fast paths."""
-        base = self.fresh_base()
-        choice = choose_forward(base, 0, 16, False)
-        self.choice = prepare_adapted(read_adapter(base, folder), choice)
-        return self.outputs()
 
     def alone(self, model, peft_model=None):
         """Each text by itself through the stock forward of transformers and peft."""

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from samples import run_here, tiny_config, write_reviews
+from samples import Notes, run_here, tiny_config, write_reviews
+from trimtab.engine.batches import Collator
 from trimtab.errors import AdapterError
 from trimtab.evaluation.unlabelled import row_without_label
 from trimtab.runs import RunFolder
 from trimtab.study_config import build_study
+from trimtab.tasks.examples import Example
 
 TEXTS = ["a joy to watch", "a dull mess truly truly", "the worst film of the year"]
 
@@ -38,6 +40,36 @@ def probabilities(loaded, **named):
 
 def close(ours, theirs, bound=1e-5):
     return torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=bound)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["input_layernorm"]),
+        LNTuningConfig(task_type="CAUSAL_LM", target_modules=["post_attention_layernorm"]),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_layers=2, adapter_len=4),
+    ],
+    ids=["copied norms", "tuned norms", "attention as a whole"],
+)
+def test_fused_layers_leave_out_no_adapter(model_folder, tmp_path, config):
+    """Those that stand around other parts of a layer than its linears, with nothing in them that is to be trained."""
+    base = model_folder("llama", "AutoModelForCausalLM")
+    model, ids = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval(), torch.arange(5, 17)[None]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.5
+        wanted = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = trimtab.load_adapter(tmp_path / "adapter", progress=Notes())
+    loaded.switch("default")
+    forward = loaded.scorer.choice.forward
+    batch = Collator([Example(ids[0].tolist(), None, list(range(12)), [0] * 12)], True, 0, 0).collate([0])
+    with torch.no_grad():
+        assert torch.allclose(forward.logits(batch), wanted[0], atol=1e-4)
+    with loaded.disable(), torch.no_grad():
+        assert not torch.allclose(forward.logits(batch), wanted[0], atol=1e-2)
 
 
 @pytest.mark.parametrize("method", ["trainable_tokens", "full"])

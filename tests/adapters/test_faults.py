@@ -148,6 +148,7 @@ def test_configs_name_no_other_files_and_no_huge_sizes(tmp_path, config, message
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil.code"}}, "auto_mapping names code in 'evil.code'"),
         ({"trust_remote_code": True}, "LORA has no field 'trust_remote_code'"),
         ({"r": 1_000_000}, "r is 1000000; a whole number between 1 and 4096 is expected"),
+        ({"r": 0}, "r is 0; a whole number between 1 and 4096 is expected"),  # as OFT has it, where r means something else
         ({"r": "8"}, "r is '8'; a whole number between 1 and 4096 is expected"),
         ({"r": 1e6}, "r is 1000000.0; a whole number"),
         ({"rank_pattern": {"q_proj": 1_000_000}}, "rank_pattern of q_proj is 1000000; a whole number between 1 and 4096"),

@@ -140,10 +140,10 @@ def check_config(path: Path) -> None:
     kind = config.get("peft_type")
     if kind not in {member.value for member in PeftType} or PeftType(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterError(f"{path}: the installed peft has no method {kind!r}; update peft, or use another adapter")
-    fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
+    defaults = {field.name: field.default for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)])}
     for name in config:
-        if name not in fields:
-            raise AdapterError(f"{path}: {kind} has no field {name!r}{suggest(name, fields)}; saved by a newer peft?")
+        if name not in defaults:
+            raise AdapterError(f"{path}: {kind} has no field {name!r}{suggest(name, defaults)}; saved by a newer peft?")
     library = (config.get("auto_mapping") or {}).get("parent_library", "transformers.")
     if not str(library).startswith("transformers."):
         raise AdapterError(f"{path}: auto_mapping names code in {library!r}, which is not transformers; do not use it")
@@ -152,7 +152,7 @@ def check_config(path: Path) -> None:
             raise AdapterError(f"{path}: {name} names files outside of the adapter; do not use it")
     if _asks_for_code(config):
         raise AdapterError(f"{path} asks to run code that comes with a model; do not use it")
-    _check_sizes(config, path)
+    _check_sizes({name: value for name, value in config.items() if repr(value) != repr(defaults[name])}, path)
 
 
 def _asks_for_code(value: Any) -> bool:

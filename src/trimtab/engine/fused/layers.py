@@ -75,13 +75,8 @@ class LlamaLayer:
         self.attention = AttentionPart(heads, qkv, LinearGroup(layer.self_attn, ["o_proj"], kernels))
         self.gate_up = LinearGroup(layer.mlp, ["gate_proj", "up_proj"], kernels)
         self.down = LinearGroup(layer.mlp, ["down_proj"], kernels)
-        self.layer = layer
+        self.norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self.kernels = kernels
-
-    @property
-    def norms(self) -> tuple[Any, Any]:
-        """Looked up again each time: some methods put other modules in their places."""
-        return self.layer.input_layernorm, self.layer.post_attention_layernorm
 
     @property
     def groups(self) -> list[LinearGroup]:
@@ -142,13 +137,8 @@ class BertLayer:
         )
         self.up = LinearGroup(layer.intermediate, ["dense"], kernels, "intermediate")
         self.down = LinearGroup(layer.output, ["dense"], kernels, "output")
-        self.layer = layer
+        self.norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
         self.kernels = kernels
-
-    @property
-    def norms(self) -> tuple[Any, Any]:
-        """Looked up again each time: some methods put other modules in their places."""
-        return self.layer.attention.output.LayerNorm, self.layer.output.LayerNorm
 
     @property
     def groups(self) -> list[LinearGroup]:

@@ -12,8 +12,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +28,7 @@ class LayerStack:
 
     def __init__(self, backbone: Any, layers: Sequence[LlamaLayer | BertLayer], kernels: Kernels) -> None:
         self.backbone = backbone
+        self._places = _places_in(backbone)
         self.layers = layers
         self.kernels = kernels
         self.groups = [group for layer in layers for group in layer.groups]
@@ -44,13 +43,12 @@ class LayerStack:
         """Read the adapters as they stand now; False where one is not plain LoRA in a layer's linears."""
         if not self.is_on or torch.is_autocast_enabled("cpu"):
             return False
+        if any(parent._modules.get(name) is not child for parent, name, child in self._places):
+            return False  # an adapter stands around a norm, or an attention as a whole
         try:
             for group in self.groups:
                 group.find_adapters()
         except NotPlainError:
-            return False
-        if any(isinstance(norm, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for layer in self.layers
-               for norm in layer.norms):  # fmt: skip
             return False
         self.parameters = [parameter for group in self.groups for parameter in group.parameters]
         adapted = [number for number, layer in enumerate(self.layers) if any(g.adapters for g in layer.groups)]
@@ -192,12 +190,22 @@ class _StackFunction(torch.autograd.Function):
         return None, None, None, None, *ctx.stack.backward(grad, ctx.batch, ctx.kept)
 
 
+def _places_in(backbone: Any) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Each part of the layers but their linears: what is around it, its name there, and itself."""
+    return [(parent, name, child) for layer in _layers_of(backbone) or () for parent in layer.modules()
+            for name, child in parent.named_children() if not isinstance(child, nn.Linear)]  # fmt: skip
+
+
+def _layers_of(backbone: Any) -> Any:
+    return getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
+
+
 def build_stack(backbone: Any, kernels: Kernels) -> LayerStack | None:
     """The stack of `backbone`, or None where its layers have another build.
 
     What names and types do not show (scaled residuals, other masks) is left to a comparison of outputs.
     """
-    layers = getattr(backbone, "layers", None) or getattr(getattr(backbone, "encoder", None), "layer", None)
+    layers = _layers_of(backbone)
     if not isinstance(layers, nn.ModuleList):
         return None
     fits, build = (_is_llama, _build_llama) if hasattr(backbone, "layers") else (_is_bert, _build_bert)
