@@ -34,7 +34,9 @@ def run_study(settings: dict[str, str], folder: Path) -> tuple[ClassPredictions,
     flags = [f"--{name}={value}" for name, value in (settings | {"out": str(folder)}).items()]
     subprocess.run([sys.executable, "-m", "trimtab", "run", "--quiet", *flags], check=True)
     trial = RunFolder(folder).trial("lora", int(settings["seed"]))
-    return read_predictions(trial.predictions), read_json(trial.training)
+    predictions = read_predictions(trial.predictions)
+    assert isinstance(predictions, ClassPredictions)
+    return predictions, read_json(trial.training)
 
 
 def join(parts: list[ClassPredictions]) -> ClassPredictions:
@@ -56,12 +58,12 @@ def compare(settings: dict[str, str], seeds: list[int]) -> dict[str, Any]:
                 found[precision].append(run_study(study, Path(work) / f"{precision}-{seed}"))
             accuracies = {name: _accuracy(runs[-1][0]) for name, runs in found.items()}
             print(f"  seed {seed}: {json.dumps(accuracies)}", flush=True)
-    both = (join([predictions for predictions, _ in found[precision]]) for precision in PRECISIONS)
+    whole, lower = (join([predictions for predictions, _ in found[precision]]) for precision in PRECISIONS)
     trained = [training for _, training in found["int8"]]
     return {
         "settings": settings,
         "accuracy": {name: [_accuracy(predictions) for predictions, _ in runs] for name, runs in found.items()},
-        "contrast": compare_two(*both, PRECISIONS)["contrasts"][0],
+        "contrast": compare_two(whole, lower, PRECISIONS)["contrasts"][0],
         "least_output_cosine": min(training["least_output_cosine"] for training in trained),
         "least_gradient_cosine": min(training["least_gradient_cosine"] for training in trained),
         "kept_in_float32": [training["kept_in_float32"] for training in trained],

@@ -296,7 +296,8 @@ class TrainerContender:
         return found.predictions.argmax(-1)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """What a contender is told; `make_study` reads it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("contender", choices=["trimtab", "trimtab-int8", "dynamic", "grouped"])
     parser.add_argument("work", choices=["train", "evaluate", "learn"])
@@ -310,7 +311,11 @@ def main() -> None:
     parser.add_argument("--layers-to-transform", default="all")
     parser.add_argument("--train-rows", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=2)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     quiet_libraries()
     study = make_study(arguments)
     data = prepare_data(study, Silent())

@@ -171,7 +171,7 @@ of that time:
 
 def tune_one_layer(work: Path) -> Path:
     """An adapter on MiniLM's first layer alone."""
-    source = locate_model(STUDY["model"], Silent()).location
+    source = locate_model(str(STUDY["model"]), Silent()).location
     base = AutoModel.from_pretrained(source, num_hidden_layers=1)
     base.save_pretrained(work / "base")
     AutoTokenizer.from_pretrained(source).save_pretrained(work / "base")

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from contenders import TrimtabContender, make_study
+from contenders import TrimtabContender, make_parser, make_study
 from trimtab.data import prepare_data
 from trimtab.engine.fused import native
 from trimtab.engine.fused.linears import LinearGroup
 from trimtab.models import quiet_libraries
 from trimtab.progress import Silent
-from trimtab.tasks.classification import classification_loss
 
 STEPS = 8
 
@@ -30,11 +29,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "int8"], default="float32")
     arguments = parser.parse_args()
     quiet_libraries()
-    arguments.seed, arguments.contender = 0, "trimtab-int8" if arguments.precision == "int8" else "trimtab"
-    study = make_study(arguments)
-    contender = TrimtabContender(study, prepare_data(study, Silent()))
+    name = "trimtab-int8" if arguments.precision == "int8" else "trimtab"
+    contended = make_parser().parse_args([name, "train", "--model", arguments.model])
+    study = make_study(contended)
+    contender = TrimtabContender(study, prepare_data(study, Silent()), contended.batch_rows)
     contender.attach()
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
 
     def timed(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **named: Any) -> Any:
@@ -54,7 +54,7 @@ def main() -> None:
     def step(number: int) -> None:
         batch = contender.plan[number]
         contender.state.optimizer.zero_grad()
-        classification_loss(contender.scorer.choice.forward(batch), batch.labels).backward()  # type: ignore[no-untyped-call]
+        contender.scorer.task.loss(contender.scorer.choice.forward, batch).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(list(contender.state.parameters.values()), 1.0)
         contender.state.optimizer.step()
 
@@ -65,7 +65,7 @@ def main() -> None:
     for number in range(3, 3 + STEPS):
         step(number)
     print(f"step: {(time.perf_counter() - started) / STEPS * 1e3:.0f} ms")
-    for name, spent in seconds.most_common():
+    for name, spent in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{spent / STEPS * 1e3:8.1f} ms  {name}")
 
 

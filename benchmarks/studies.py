@@ -1,4 +1,5 @@
-"""Whole studies as `trimtab run` does them: what was estimated beside what happened, and number formats side by side.
+"""Whole studies as `trimtab run` does them: what was estimated beside what happened, number formats side by side, a
+language model before and after, and a merge of what was trained on 4 bits.
 
     python benchmarks/studies.py                       all of them, over half an hour
     python benchmarks/studies.py --only "LoRA, int8"   one; the others stay as they were
@@ -38,22 +39,40 @@ STUDIES = _FORMATS | {
 }
 
 
-def run_study(name: str, work: Path) -> dict[str, Any]:
-    """One study in a process of its own."""
-    out = work / "run"
-    command = [sys.executable, "-m", "trimtab", "run", "--quiet", *STUDIES[name], "--out", str(out), "--overwrite"]
+# Studies whose adapter is merged into the base's weights in full precision.
+MERGED = ("LoRA, bitsandbytes 4 bits",)
+
+
+def call_trimtab(name: str, *arguments: str) -> str:
+    """The command in a process of its own; what it prints."""
+    command = [sys.executable, "-m", "trimtab", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def run_study(name: str, work: Path) -> dict[str, Any]:
+    """One study, and the merge of its adapter where it is among `MERGED`."""
+    out = work / "run"
+    call_trimtab(name, "run", "--quiet", *STUDIES[name], "--out", str(out), "--overwrite")
     run = RunFolder(out)
     comparison = read_json(run.comparison)
     tuned = next(system for system in comparison["systems"] if system["kind"] == "tuned")
+    base = next(system for system in comparison["systems"] if system["kind"] == "base")
+    contrast = next(found for found in comparison["contrasts"] if found["against"] == base["name"])
     metric = comparison["primary_metric"]
-    return {
+    merged = {}
+    if name in MERGED:
+        told = call_trimtab(name, "merge", str(out), "--out", str(work / "merged"), "--quiet", "--json")
+        merged = {"merge": json.loads(told)}
+    return merged | {
         "study": name,
         "flags": STUDIES[name],
         "metric": metric,
         "score": tuned["metrics"][metric],
+        "base": base["metrics"][metric],
+        "contrast": contrast,
         "trainable_parameters": tuned["cost"]["trainable_parameters"],
         "tokens_per_second": tuned["cost"]["tokens_per_second"],
         "peak_memory_bytes": tuned["cost"]["peak_memory_bytes"],
@@ -91,6 +110,52 @@ The bitsandbytes rows are from before weights were held once.
 | --- | --: | --: | --: |"""
 
 
+_LANGUAGE_INTRODUCTION = """
+## A language model before and after
+
+Perplexity on held-out tales, of the base as it is and of the tuned model, with 95 % intervals over the tales.
+
+| study | base | tuned | difference | verdict |
+| --- | --: | --: | --: | --- |"""
+
+_MERGE_INTRODUCTION = """
+## Merged from 4 bits into full precision
+
+The adapter that was trained on a base in 4 bits goes into the base's weights in full precision (`trimtab merge`).
+The first score is that of base and adapter in 4 bits, on all test rows; the other two are on the rows that the merge
+was judged on: the adapter on the base in full precision, and the merged model. The difference is the largest of any
+output between these two.
+
+| study | rows | in 4 bits | full precision | merged | largest difference of outputs |
+| --- | --: | --: | --: | --: | --: |"""
+
+
+def _interval(metric: dict[str, float], form: str) -> str:
+    value, low, high = (format(metric[part], form) for part in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def language_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of studies that are judged by perplexity; nothing where none was run."""
+    found = [row for row in rows.values() if row["metric"] == "perplexity" and "base" in row]
+    lines = [
+        f"| {row['study']} | {_interval(row['base'], '.2f')} | {_interval(row['score'], '.2f')} "
+        f"| {row['contrast']['difference']:+.2f} | {row['contrast']['verdict']} |"
+        for row in found
+    ]
+    return [_LANGUAGE_INTRODUCTION, *lines] if lines else []
+
+
+def merge_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of merges; nothing where none was made."""
+    lines = [
+        f"| {name} | {merge['rows']} | {merge['trained']:.1%} | {merge['before']:.1%} | {merge['after']:.1%} "
+        f"| {merge['max_abs_difference']:.1e} (at most {merge['bound']:g}) |"
+        for name, merge in ((row["study"], row["merge"]) for row in rows.values() if "merge" in row)
+    ]
+    return [_MERGE_INTRODUCTION, *lines] if lines else []
+
+
 def write_page(rows: dict[str, dict[str, Any]]) -> None:
     lines = [_INTRODUCTION]
     for row in rows.values():
@@ -108,6 +173,7 @@ def write_page(rows: dict[str, dict[str, Any]]) -> None:
             f"| {row['study'].removeprefix('LoRA, ')} | {row['peak_memory_bytes'] / (1 << 30):.2f} GiB "
             f"| {row['tokens_per_second']:,.0f} | {value:.1f} % [{low:.1f}, {high:.1f}] |"
         )
+    lines += language_lines(rows) + merge_lines(rows)
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -123,12 +123,8 @@ def measure_learning(model: str, seeds: list[int], train_rows: int, epochs: int)
         print(f"  {json.dumps(run)}", flush=True)
         runs.append(run)
     ids = [str(number) for number in range(len(labels))]
-    contrasts = {
-        name: compare_two(
-            *(_as_predictions(ids, np.array(labels), predicted[one]) for one in ("grouped", name)), ("peer", name)
-        )["contrasts"][0]
-        for name in OURS
-    }
+    systems = {name: _as_predictions(ids, np.array(labels), said) for name, said in predicted.items()}
+    contrasts = {name: compare_two(systems["grouped"], systems[name], ("peer", name))["contrasts"][0] for name in OURS}
     return {"train_rows": train_rows, "epochs": epochs, "runs": runs, "contrasts": contrasts}
 
 
