@@ -75,6 +75,7 @@ def test_their_rows_are_trained_saved_and_read_by_trimtab_and_stock_peft(finishe
     with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
         shapes = {name: saved.get_slice(name).get_shape() for name in saved.keys()}  # noqa: SIM118
     assert [shape[0] for name, shape in shapes.items() if "embed" in name] == [len(NEW)], shapes
+    assert "tokens that its base does not know: " in (adapter / "README.md").read_text()
     loaded = trimtab.load_adapter(adapter)
     assert [record["prediction"] for record in loaded.predict(TEXTS[:2])] == ["good", "bad"]
     stock = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=2)

@@ -101,7 +101,12 @@ def _usage(content: Content) -> str:
     ]  # fmt: skip
     writes = content.task in ("causal_lm", "preference")
     command = 'generate FOLDER --prompt "…" --compare' if writes else "predict FOLDER --input rows.csv --out found.csv"
-    return "\n".join([*lines, "", f"Or with Trimtab: `trimtab {command}`."])
+    tokens = plain(content.study.get("new_tokens") or "")
+    told = [
+        f"Its tokenizer has tokens that its base does not know: {tokens}. {auto_class} makes room for them; a base",
+        "that you load yourself needs `resize_token_embeddings(len(tokenizer))` first.", "",
+    ] if tokens else []  # fmt: skip
+    return "\n".join([*lines, "", *told, f"Or with Trimtab: `trimtab {command}`."])
 
 
 def _pair_lines(content: Content) -> list[str]:
