@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 import trimtab
 from trimtab.data import prepare_data
 from trimtab.engine.frozen import NumberFormat
-from trimtab.machine import describe_machine, measure_gemm_rates, package_versions, set_threads
+from trimtab.machine import describe_machine, package_versions, set_threads
 from trimtab.models import quiet_libraries
 from trimtab.precision import use_float32
 from trimtab.prediction import predict_records
@@ -136,7 +136,6 @@ def write_page(found: dict[str, Any]) -> None:
         f"| {found['rates']['rows_with_another_label'][name]} of {TURN_ROWS:,} | {accuracy[name]:.1%} |"
         for name, rate in rates.items()
     )
-    limit = found["float32_rate"] * 1e9 / found["operations_per_row"]
     PAGE.write_text(
         f"""# Prediction
 
@@ -151,12 +150,8 @@ python benchmarks/prediction.py
 | --- | --: | --: | --: | --: |
 {table}
 
-Three times the pipeline is out of reach in float32: a row of {found["tokens_per_row"]:.0f} tokens asks for
-{found["operations_per_row"] / 1e9:.2f} GFLOP in MiniLM's linear layers, so that this machine's matrix products
-({found["float32_rate"]:,.0f} GFLOP/s when nothing else runs) allow {limit:,.0f} rows a second before anything else is
-done, {limit / rates["pipeline"]:.2f} times the pipeline.
-`--precision int8` has another limit; it is a choice, since labels near the boundary change. `--precision auto` computes
-rows that lie near one anew in float32, and so has float32's labels.
+Labels near a boundary change with `--precision int8`; `--precision auto` computes those rows anew in float32, and so has
+float32's labels.
 
 Whole files through the command, from its start to its end, and its memory in MiB after a tenth, a half and nine tenths
 of that time:
@@ -192,18 +187,9 @@ def main() -> None:
         rows = list(islice([*data.test, *data.validation], TURN_ROWS))
         texts = [row.text for row in rows]
         small = tune_one_layer(work)
-        scorer = trimtab.load_adapter(adapter).scorer
-        tokens = sum(len(scorer.base.tokenizer(text).input_ids) for text in texts) / len(texts)
-        config = scorer.base.model.config
-        linears = (
-            config.num_hidden_layers * config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
-        )
         found: dict[str, Any] = {
             "machine": describe_machine(),
             "versions": package_versions(),
-            "tokens_per_row": tokens,
-            "operations_per_row": 2 * linears * tokens,
-            "float32_rate": measure_gemm_rates()["float32"],
             "rates": measure_rates(adapter, work / "merged", texts, [data.label_names[row.label] for row in rows]),
         }
         first_words = [" ".join(text.split()[:FIRST_WORDS]) for text in texts]
