@@ -50,6 +50,12 @@ def test_learns_and_comes_back(method, tmp_path):
         assert torch.equal(tuned.alone(base), tuned.start)
 
 
+@pytest.mark.parametrize("method", [name for name in WORKING if name not in SIZES])
+def test_its_name_is_enough(method):
+    task = TASK_OF.get(method, "classification")
+    check_method(lambda: build_on_meta(task, "Llama"), build_study({"method": method, "task": task}))
+
+
 @pytest.mark.parametrize("method", [name for name in WORKING if name not in TASK_OF])
 def test_trains_on_an_encoder(method):
     task = get_task("classification")

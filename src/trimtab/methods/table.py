@@ -168,4 +168,5 @@ def get_method(name: str) -> Method:
         name, f"{name} (peft's own defaults)", name.upper(), 1e-3,
         places="attention" if "target_modules" in fields else "none",
         settings={setting: setting for setting in _LORA if setting in fields}, starts_at_base=False,
+        options={"num_virtual_tokens": _VIRTUAL_TOKENS} if "num_virtual_tokens" in fields else {},
     )  # fmt: skip
