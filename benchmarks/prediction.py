@@ -150,8 +150,8 @@ python benchmarks/prediction.py
 | --- | --: | --: | --: | --: |
 {table}
 
-Labels near a boundary change with `--precision int8`; `--precision auto` computes those rows anew in float32, and so has
-float32's labels.
+Labels near a boundary change with `--precision int8`; `--precision auto` computes those rows anew in float32, and so
+has float32's labels.
 
 Whole files through the command, from its start to its end, and its memory in MiB after a tenth, a half and nine tenths
 of that time:
