@@ -153,7 +153,7 @@ class _Work:
         self.progress.stage(f"Loading {source.name} and {path}")
         with _mapped(source, folder.parent) as mapped:
             head = self.task.head_settings(self.facts["label_names"])
-            tokenizer = load_tokenizer_of(path, self.facts, source)
+            tokenizer = load_tokenizer_of(path, self.facts)
             base = load_base(mapped, self.task.auto_class, head, self.facts.get("seed", 0), tokenizer=tokenizer)
             peft_model = read_adapter(base.model, path)
             check_mergeable(peft_model, path)

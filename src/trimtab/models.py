@@ -196,6 +196,7 @@ def load_base(
     import transformers
     from accelerate import PartialState
 
+    has_more_tokens = tokenizer is not None
     tokenizer = tokenizer or load_tokenizer(source)
     torch.manual_seed(seed)
     try:
@@ -219,7 +220,8 @@ def load_base(
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    make_room_for_tokens(model, len(tokenizer))
+    if has_more_tokens:
+        make_room_for_tokens(model, len(tokenizer))
     model.requires_grad_(False)
     model.eval()
     if quantize == "none":  # bitsandbytes has put the others in their place

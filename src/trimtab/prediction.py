@@ -45,7 +45,7 @@ def predict_records(
         source: what errors call them.
         text_column, text_pair_column: if missing, those that the adapter was trained on; else found by name.
         precision: of the frozen layers; in int8 those compute whose error on the first rows is within bounds.
-            auto: int8 for rows whose label that cannot change, float32 for the others (`QuickLabels`), where that
+            auto: int8 for rows whose label it cannot change, float32 for the others (`QuickLabels`), where that
             is faster; else float32.
 
     Raises:

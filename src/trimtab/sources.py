@@ -216,7 +216,9 @@ def _is_complete(folder: Path) -> bool:
 def _is_complete_adapter(folder: Path) -> bool:
     """Whether a snapshot holds what an adapter's facts name; without facts, peft's two files."""
     facts = TrialFolder.facts_in(folder)
-    names = read_json(facts)["files"] if facts.is_file() else ("adapter_config.json", "adapter_model.safetensors")
+    names = (
+        read_json(facts).get("files", ()) if facts.is_file() else ("adapter_config.json", "adapter_model.safetensors")
+    )
     return all((folder / name).is_file() for name in names)
 
 

@@ -105,7 +105,8 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False,
     check_quantize(study.quantize)
     source = locate_model(study.model, progress)
     check_model(source, study, task)
-    load_tokenizer(source, study.added_tokens)
+    if study.added_tokens:
+        load_tokenizer(source, study.added_tokens)  # refuses those that it has already
     if study.class_weight:
         task = _weigh_classes(task, data)
     if claim:
@@ -141,7 +142,8 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
     job.progress.stage(f"Loading {job.study.model}")
     with job.timed("load base"):
         head = job.task.head_settings(job.data.label_names)
-        tokenizer = load_tokenizer(job.source, job.study.added_tokens)
+        new_tokens = job.study.added_tokens
+        tokenizer = load_tokenizer(job.source, new_tokens) if new_tokens else None
         base = load_base(job.source, job.task.auto_class, head, job.study.seed, job.study.quantize, tokenizer)
         reserved = virtual_tokens_of(job.study)
         scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress, reserved)
@@ -159,7 +161,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
             "quantize": job.study.quantize,
             "beta": job.study.beta,
             "virtual_tokens": reserved,
-            "new_tokens": job.study.added_tokens,
+            "new_tokens": new_tokens,
             "is_chat": job.data.columns.messages is not None,
             "columns": {what: name for what, name in job.data.columns.named.items() if name is not None},
         }

@@ -48,7 +48,7 @@ def load_adapter(
     task = get_task(facts["task"], facts.get("beta", 0.1))
     head = task.head_settings(facts["label_names"])
     bits = "none" if is_whole_model(folder) else quantize or facts.get("quantize", "none")
-    tokenizer = load_tokenizer_of(folder, facts, source)
+    tokenizer = load_tokenizer_of(folder, facts)
     model = load_base(source, task.auto_class, head, facts.get("seed", 0), bits, tokenizer)
     scorer = make_scorer(task, model, facts["max_length_tokens"], listener, facts.get("virtual_tokens", 0))
     known = KnownAdapter(folder, facts, task, scorer.max_length_tokens)

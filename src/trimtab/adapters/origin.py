@@ -52,9 +52,9 @@ def find_base(
     return locate_base(folder, facts, base, progress), facts
 
 
-def load_tokenizer_of(folder: Path, facts: Mapping[str, Any], source: ModelSource) -> Any:
-    """The base's tokenizer, or the adapter's own where it has more tokens."""
-    return load_tokenizer(ModelSource(str(folder), str(folder), True) if facts.get("new_tokens") else source)
+def load_tokenizer_of(folder: Path, facts: Mapping[str, Any]) -> Any:
+    """The adapter's own tokenizer where it has more tokens than the base's; else None."""
+    return load_tokenizer(ModelSource(str(folder), str(folder), True)) if facts.get("new_tokens") else None
 
 
 def _new_tokens(folder: Path, source: ModelSource) -> list[str]:

@@ -13,6 +13,7 @@ from trimtab.engine.fused import native
 from trimtab.engine.fused.formats import Weight
 from trimtab.engine.fused.stack import LayerStack
 from trimtab.evaluation.unlabelled import SAY, Record
+from trimtab.precision import use_float32
 from trimtab.progress import Progress
 
 # Rows that are computed in both formats to begin with.
@@ -35,6 +36,7 @@ class QuickLabels:
         self.adapter, self.groups = adapter, stack.groups
         self.rows = self.again = 0
         measured = first_rows[:_MEASURED_ROWS]
+        use_float32(adapter.scorer.choice.forward)
         exact = self._score(measured)
         self._exact = self._weights()
         adapter.compute_in("int8", measured, progress)
@@ -59,8 +61,8 @@ class QuickLabels:
         unsure = (likeliest[:, 0] - likeliest[:, 1] <= self.bound).nonzero().squeeze(1)
         self.rows += len(rows)
         self.again += len(unsure)
+        self._use(self._exact)  # and so they stay for whoever comes next
         if len(unsure):
-            self._use(self._exact)
             outputs[unsure] = self._score([rows[place] for place in unsure.tolist()])
             self._exact = self._weights()  # what a layer's first product in float32 laid out
         return SAY[task.name](outputs, encoded, rows, self.adapter.label_names)
