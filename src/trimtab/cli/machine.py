@@ -57,6 +57,7 @@ def doctor(as_json: AsJson = False) -> None:
         "gemm_gflops": measure_gemm_rates(),
         "fused_kernels": native.is_available(),
         "int8_instructions": native.has_int8(),
+        "matrix_unit": native.has_amx(),
     }
     if as_json:
         print(json.dumps(found, indent=1))

@@ -85,12 +85,32 @@ def test_a_kernel_gives_what_its_plain_twin_gives(case, quantised):
         torch.testing.assert_close(a, b, atol=2e-6 * float(b.abs().max()) + (0.02 if quantised else 0), rtol=1e-5)
 
 
+@pytest.fixture
+def matrix_unit(request):
+    """Products by the matrix unit where there is one, or by vectors."""
+    if request.param and not native.has_amx():
+        pytest.skip("no matrix unit here")
+    native.use_amx(request.param)
+    yield request.param
+    native.use_amx(True)
+
+
+@pytest.mark.parametrize("matrix_unit", [False, True], ids=["vectors", "matrix unit"], indirect=True)
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize(
     ("tokens", "columns", "inputs"),
-    [(1, 4, 4), (5, 64, 64), (7, 40, 132), (23, 200, 100), (61, 128, 1600), (397, 960, 576)],
+    [
+        (1, 4, 4),
+        (5, 64, 64),
+        (7, 40, 132),
+        (23, 200, 100),
+        (32, 128, 64),
+        (61, 128, 1600),
+        (50, 300, 704),
+        (397, 960, 576),
+    ],
 )
-def test_a_product_gives_what_its_plain_twin_gives(tokens, columns, inputs, precision):
+def test_a_product_gives_what_its_plain_twin_gives(tokens, columns, inputs, precision, matrix_unit):
     draw = Draw()
     values = draw.values(columns, inputs)
     int8 = quantise_weight(values) if precision == "int8" else None
@@ -109,6 +129,28 @@ def test_a_product_gives_what_its_plain_twin_gives(tokens, columns, inputs, prec
     for ours, theirs in zip(*results, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, atol=3e-6 * float(theirs.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("matrix_unit", [True], ids=["matrix unit"], indirect=True)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_matrix_unit_is_as_exact_in_float32_as_torch(matrix_unit, backward):
+    draw = Draw()
+    values, rows = draw.values(320, 1536), draw.values(200, 320 if backward else 1536)
+    # Rows of very different sizes, and columns that nearly cancel.
+    rows = rows * torch.logspace(-12, 12, len(rows)).unsqueeze(1)
+    values[:, 1::2] = -values[:, ::2] * (1 + 1e-3 * draw.values(320, 768))
+    weight = Weight((values,), native.lay_out(values))
+    ours = (native.linear_backward if backward else native.linear)(Rows(rows), weight)
+    matrix = values if backward else values.t()
+    exact = rows.double() @ matrix.double()
+
+    def error(found):
+        return ((found - exact).norm(dim=1) / exact.norm(dim=1)).max()
+
+    native.use_amx(False)
+    by_vectors = (native.linear_backward if backward else native.linear)(Rows(rows), weight)
+    assert not torch.equal(ours, by_vectors)  # it was the unit
+    assert error(ours) < 1.5 * error(rows @ matrix)
 
 
 def test_int8_takes_multiples_of_four():

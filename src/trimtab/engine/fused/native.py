@@ -159,6 +159,17 @@ def has_int8() -> bool:
     return found is not None and bool(found.has_int8())
 
 
+def has_amx() -> bool:
+    """Whether products go to the matrix unit of newer Intel processors (AMX)."""
+    found = library()
+    return found is not None and bool(found.has_amx())
+
+
+def use_amx(use: bool) -> None:
+    """Send products there, or not, from now on; where there is none, nothing changes."""
+    _call("use_amx", int(use))
+
+
 def lay_out(values: Tensor) -> Tensor:
     """A weight [columns, inputs] as `linear` reads it."""
     return tile(values)

@@ -1,13 +1,9 @@
 // Rows times a frozen weight, in float32 or int8; the plain twins are linear and linear_backward in plain.py.
 //
-// A weight lies in tiles of TILE x TILE. Each thread takes panels of WIDTH columns; a panel stays in the
-// second-level cache while all rows go past it, and a block of ROWS x WIDTH sums stays in registers.
+// A weight lies in tiles of TILE x TILE. A panel of WIDTH columns stays in the second-level cache while all rows go past it.
 
-#include <omp.h>
-
-#include <algorithm>
-
-#include "vectors.h"
+#include "amx.h"
+#include "panels.h"
 
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
@@ -15,77 +11,8 @@
 
 namespace {
 
-constexpr int64_t WIDTH = VECTORS * LANES, TILE = 64;
 constexpr int64_t DEPTH = 768;  // of the sum, at a time: a panel takes 192 KiB
 constexpr int64_t CHAIN = 288;  // products summed one after the other: sums of sums round less
-
-// What is added to a product [tokens, columns]: addend, bias and small lora_b; each may be null.
-struct Extra {
-  const float* addend;  // [tokens, columns]
-  const float* bias;    // [columns]
-  const float* small;   // [tokens, rank]
-  const float* lora_b;  // [rank, columns]
-  int64_t rank;
-};
-
-// The same from one row and column on, with the steps between rows.
-struct Place {
-  float* out;
-  int64_t step;
-  Extra extra;
-  int64_t lora_step;
-};
-
-// sums [R, VECTORS] += what is to be added there.
-template <int R>
-inline void add_extra(const Place& place, Vector* sums) {
-  const Extra& e = place.extra;
-  if (e.addend) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int w = 0; w < VECTORS; w++) sums[r * VECTORS + w] += at(e.addend + r * place.step + w * LANES);
-  }
-  if (e.bias) {
-#pragma GCC unroll 8
-    for (int w = 0; w < VECTORS; w++)
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r * VECTORS + w] += at(e.bias + w * LANES);
-  }
-  for (int64_t i = 0; i < e.rank; i++) {
-#pragma GCC unroll 8
-    for (int w = 0; w < VECTORS; w++) {
-      const Vector right = at(e.lora_b + i * place.lora_step + w * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r * VECTORS + w] += e.small[r * e.rank + i] * right;
-    }
-  }
-}
-
-template <int R>
-inline void put(const Place& place, const Vector* sums) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int w = 0; w < VECTORS; w++)
-      *reinterpret_cast<Vector*>(place.out + r * place.step + w * LANES) = sums[r * VECTORS + w];
-}
-
-// Where a block goes, and what is added to it, for both to be fetched while the sums are taken: a line after each part
-// of a sum, since in one go these fetches would hold it up.
-struct Ahead {
-  const float* out;
-  int64_t step, to_addend;
-
-  explicit Ahead(const Place& place)
-      : out(place.out), step(place.step), to_addend(place.extra.addend ? place.extra.addend - place.out : 0) {}
-
-  void fetch(int64_t part) const {
-    const float* line = out + part / VECTORS * step + part % VECTORS * LANES;
-    __builtin_prefetch(line, 1);
-    __builtin_prefetch(line + to_addend);
-  }
-};
 
 // The sums of R rows. Functions of their own: inlined, their registers would be spilled around what follows.
 // values: rows `step` apart, panel: [depth, WIDTH], total: [R, VECTORS].
@@ -161,17 +88,51 @@ template <int R>
     for (int w = 0; w < VECTORS; w++) total[r * VECTORS + w] = sums[r][w];
 }
 
-// Rows in float32, and `depth` of their inner places; `first` of those parts brings what is added.
-struct Floats {
+// Where a block's sums come from: taken from rows and panel, or lying there already from its first row on.
+struct TakeFloats {
   const float* values;
   int64_t step, depth;
   const float* panel;
+
+  template <int R>
+  void take(int64_t row, const Place& place, Vector* total) const {
+    sum_floats<R>(values + row * step, step, panel, depth, Ahead(place), total);
+  }
+};
+
+struct TakeBytes {
+  const uint8_t* values;
+  int64_t inner;
+  const int8_t* panel;
+
+  template <int R>
+  void take(int64_t row, const Place& place, Integers* total) const {
+    sum_bytes<R>(values + row * inner, panel, inner, Ahead(place), total);
+  }
+};
+
+template <class T>
+struct Taken {
+  const T* sums;  // [rows, WIDTH]
+  int64_t first;
+
+  template <int R, class Whole>
+  void take(int64_t row, const Place&, Whole* total) const {
+    for (int i = 0; i < R * VECTORS; i++)
+      total[i] = *reinterpret_cast<const Whole*>(sums + (row - first) * WIDTH + i * LANES);
+  }
+};
+
+// Rows in float32, and a part of their inner places; the first of those parts brings what is added.
+template <class Sums>
+struct Floats {
+  Sums sums;
   bool first;
 
   template <int R>
   void block(int64_t row, const Place& place) const {
     Vector total[R * VECTORS];
-    sum_floats<R>(values + row * step, step, panel, depth, Ahead(place), total);
+    sums.template take<R>(row, place, total);
     if (first) {
       add_extra<R>(place, total);
     } else {
@@ -185,87 +146,31 @@ struct Floats {
 };
 
 // Rows as bytes with 128 added.
+template <class Sums>
 struct Bytes {
-  const uint8_t* values;
+  Sums sums;
   const float* row_scale;
-  int64_t inner;
-  const int8_t* panel;
   const float* column_scale;  // at the panel's first column; or null
   const int32_t* sums_of_weight;
 
   template <int R>
   void block(int64_t row, const Place& place) const {
     Integers total[R * VECTORS];
-    sum_bytes<R>(values + row * inner, panel, inner, Ahead(place), total);
-    Vector sums[R * VECTORS];
+    sums.template take<R>(row, place, total);
+    Vector scaled[R * VECTORS];
 #pragma GCC unroll 8
     for (int w = 0; w < VECTORS; w++) {
       const Integers shift = *reinterpret_cast<const Integers*>(sums_of_weight + w * LANES) * 128;
       const Vector scale = column_scale ? at(column_scale + w * LANES) : Vector{} + 1.0f;
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++)
-        sums[r * VECTORS + w] =
+        scaled[r * VECTORS + w] =
             __builtin_convertvector(total[r * VECTORS + w] - shift, Vector) * (scale * row_scale[row + r]);
     }
-    add_extra<R>(place, sums);
-    put<R>(place, sums);
+    add_extra<R>(place, scaled);
+    put<R>(place, scaled);
   }
 };
-
-// One block of R rows; where it hangs over the last column, in a place of full width.
-template <int R, class Kind>
-inline void whole_or_edge(const Kind& kind, int64_t row, const Place& place, int64_t columns) {
-  if (columns >= WIDTH) return kind.template block<R>(row, place);
-  float out[R * WIDTH] = {}, addend[R * WIDTH] = {}, bias[WIDTH] = {};
-  static thread_local Buffer lora_b;
-  const Extra& e = place.extra;
-  for (int r = 0; r < R; r++) {
-    std::memcpy(out + r * WIDTH, place.out + r * place.step, columns * sizeof(float));
-    if (e.addend) std::memcpy(addend + r * WIDTH, e.addend + r * place.step, columns * sizeof(float));
-  }
-  if (e.bias) std::memcpy(bias, e.bias, columns * sizeof(float));
-  lora_b.assign(e.rank * WIDTH, 0.0f);
-  for (int64_t i = 0; i < e.rank; i++)
-    std::memcpy(lora_b.data() + i * WIDTH, e.lora_b + i * place.lora_step, columns * sizeof(float));
-  kind.template block<R>(row, Place{out, WIDTH, Extra{addend, bias, e.small, lora_b.data(), e.rank}, WIDTH});
-  for (int r = 0; r < R; r++) std::memcpy(place.out + r * place.step, out + r * WIDTH, columns * sizeof(float));
-}
-
-template <int R, class Kind>
-inline void rest(int64_t rows, const Kind& kind, int64_t row, const Place& place, int64_t columns) {
-  if (rows == R)
-    whole_or_edge<R>(kind, row, place, columns);
-  else if constexpr (R > 1)
-    rest<R - 1>(rows, kind, row, place, columns);
-}
-
-// Rows begin to end of the panel that starts at `column`.
-template <class Kind>
-inline void rows_of_panel(const Kind& kind, int64_t begin, int64_t end, int64_t column, int64_t columns, const Extra& e,
-                          float* out) {
-  for (int64_t row = begin; row < end; row += ROWS) {
-    const int64_t offset = row * columns + column;
-    const Extra here = {e.addend ? e.addend + offset : nullptr, e.bias ? e.bias + column : nullptr,
-                        e.small ? e.small + row * e.rank : nullptr, e.lora_b ? e.lora_b + column : nullptr, e.rank};
-    rest<ROWS>(std::min(ROWS, end - row), kind, row, Place{out + offset, columns, here, columns}, columns - column);
-  }
-}
-
-// visit(panel, first row, last row): this thread's share of all panels; as few of them as can be in two halves.
-template <class Visit>
-inline void share_panels(int64_t tokens, int64_t columns, Visit visit) {
-  if (!tokens) return;
-  const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-  const int64_t share = ((tokens + threads - 1) / threads + ROWS - 1) / ROWS * ROWS;
-  const int64_t blocks = (tokens + share - 1) / share, all = (columns + WIDTH - 1) / WIDTH * blocks;
-  const int64_t last = all * (me + 1) / threads;
-  for (int64_t i = all * me / threads; i < last;) {
-    const int64_t panel = i / blocks, next = std::min((panel + 1) * blocks, last);
-    const int64_t row = i % blocks * share;
-    visit(panel, row, std::min(row + (next - i) * share, tokens));
-    i = next;
-  }
-}
 
 // [WIDTH, TILE] of a tile, to [TILE, WIDTH].
 inline void turn(const float* tile, float* to) {
@@ -277,6 +182,70 @@ inline void turn(const float* tile, float* to) {
       for (int r = 0; r < LANES; r++) *reinterpret_cast<Vector*>(to + (i + r) * WIDTH + n) = rows[r];
     }
 }
+
+// The squares of a weight [columns, inner], or, backward, [inner, columns].
+struct Squares {
+  const float* tiles;
+  int64_t across;
+  bool backward;
+
+  const float* at(int64_t inner, int64_t column) const {
+    return backward ? tiles + (inner / TILE * across + column / TILE) * TILE * TILE + column % TILE
+                    : tiles + (column / TILE * across + inner / TILE) * TILE * TILE + column % TILE * TILE;
+  }
+};
+
+#ifdef HAS_AMX
+
+void product_by_bytes(const uint8_t* values, const float* row_scale, const int8_t* panels, const int32_t* sums_of_weight,
+                      const float* column_scale, int64_t tokens, int64_t columns, int64_t inner, const Extra& extra,
+                      float* out) {
+  PARALLEL {
+    const amx::Tiles tiles;
+    alignas(64) int32_t sums[amx::BLOCK * WIDTH];
+    share_panels(tokens, columns, amx::BLOCK, [&](int64_t panel, int64_t begin, int64_t end) {
+      const int64_t column = panel * WIDTH;
+      const float* const panel_scale = column_scale ? column_scale + column : nullptr;
+      for (int64_t row = begin; row < end; row += amx::BLOCK) {
+        const int64_t first = std::min(row, tokens - amx::BLOCK);  // so that it does not go past the last row
+        amx::sum_bytes(values + first * inner, inner, panels + column * inner, sums);
+        const Bytes<Taken<int32_t>> kind = {{sums, first}, row_scale, panel_scale, sums_of_weight + column};
+        rows_of_panel(kind, row, std::min(row + amx::BLOCK, end), column, columns, extra, out);
+      }
+    });
+  }
+}
+
+void product_by_halves(const float* values, const Squares& squares, int64_t tokens, int64_t columns, int64_t inner,
+                       const Extra& extra, float* out) {
+  static thread_local amx::Aligned split;
+  const int64_t rows = (tokens + amx::BLOCK - 1) / amx::BLOCK * amx::BLOCK;
+  uint16_t* const left = split.of(amx::PARTS * rows * std::min(DEPTH, (inner + TILE - 1) / TILE * TILE));
+  PARALLEL {
+    const amx::Tiles tiles;
+    alignas(64) float sums[amx::BLOCK * WIDTH];
+    static thread_local amx::Aligned panel_parts;
+    uint16_t* const right = panel_parts.of(amx::PARTS * DEPTH * WIDTH);
+    for (int64_t from = 0; from < inner; from += DEPTH) {
+      const int64_t depth = std::min(DEPTH, (inner - from + TILE - 1) / TILE * TILE), step = depth / amx::HALVES * amx::STEP;
+      EACH_TOKEN amx::split_row(values + t * inner + from, inner - from, depth,
+                                left + t / amx::SIDE * step + t % amx::SIDE * amx::HALVES);
+      share_panels(tokens, columns, amx::BLOCK, [&](int64_t panel, int64_t begin, int64_t end) {
+        const int64_t column = panel * WIDTH;
+        for (int64_t i = 0; i < depth; i += TILE)
+          amx::split_square(squares.at(from + i, column), squares.backward, right + i / amx::HALVES * amx::STEP, step);
+        for (int64_t row = begin; row < end; row += amx::BLOCK) {
+          amx::sum_halves(left + row / amx::SIDE * step, right, depth, sums);
+          const Floats<Taken<float>> kind = {{sums, row}, from == 0};
+          rows_of_panel(kind, row, std::min(row + amx::BLOCK, end), column, columns, extra, out);
+        }
+      });
+#pragma omp barrier
+    }
+  }
+}
+
+#endif
 
 }  // namespace
 
@@ -291,28 +260,39 @@ int64_t has_int8() {
 #endif
 }
 
+// Whether this processor has a matrix unit that may be used.
+int64_t has_amx() { return amx::is_on(); }
+
+// Use it, or not, from now on; where there is none, nothing changes.
+void use_amx(int64_t use) {
+  static const bool is_there = amx::is_on();
+  amx::is_on() = is_there && use;
+}
+
 // out [tokens, columns] = values [tokens, inner] W^T + extra. tiles [columns / TILE, inner / TILE, TILE, TILE] of W
 // [columns, inner]; or, to multiply by W itself (backward), of W [inner, columns].
 void product(const float* values, const float* tiles, int64_t backward, int64_t tokens, int64_t columns, int64_t inner,
              Extra extra, float* out) {
-  const int64_t across = ((backward ? columns : inner) + TILE - 1) / TILE;
+  const Squares squares = {tiles, ((backward ? columns : inner) + TILE - 1) / TILE, backward != 0};
+#ifdef HAS_AMX
+  if (amx::is_on() && tokens >= amx::BLOCK) return product_by_halves(values, squares, tokens, columns, inner, extra, out);
+#endif
   PARALLEL {
     static thread_local Buffer buffer;
     buffer.resize((DEPTH + 8) * WIDTH);
     for (int64_t from = 0; from < inner; from += DEPTH)
-      share_panels(tokens, columns, [&](int64_t panel, int64_t begin, int64_t end) {
+      share_panels(tokens, columns, ROWS, [&](int64_t panel, int64_t begin, int64_t end) {
         const int64_t column = panel * WIDTH, depth = std::min(DEPTH, inner - from);
         for (int64_t i = 0; i < depth; i += TILE) {
           float* to = buffer.data() + i * WIDTH;
-          if (backward) {
-            const float* tile = tiles + ((from + i) / TILE * across + column / TILE) * TILE * TILE + column % TILE;
-            for (int64_t k = 0; k < TILE; k++) std::memcpy(to + k * WIDTH, tile + k * TILE, WIDTH * sizeof(float));
-          } else {
-            turn(tiles + (column / TILE * across + (from + i) / TILE) * TILE * TILE + column % TILE * TILE, to);
-          }
+          const float* square = squares.at(from + i, column);
+          if (backward)
+            for (int64_t k = 0; k < TILE; k++) std::memcpy(to + k * WIDTH, square + k * TILE, WIDTH * sizeof(float));
+          else
+            turn(square, to);
         }
-        rows_of_panel(Floats{values + from, inner, depth, buffer.data(), from == 0}, begin, end, column, columns, extra,
-                      out);
+        const Floats<TakeFloats> kind = {{values + from, inner, depth, buffer.data()}, from == 0};
+        rows_of_panel(kind, begin, end, column, columns, extra, out);
       });
   }
 }
@@ -321,11 +301,14 @@ void product(const float* values, const float* tiles, int64_t backward, int64_t 
 // panels [columns / TILE, inner / 4, TILE, 4] of W [columns, inner]; sums_of_weight [columns].
 void product_int8(const uint8_t* values, const float* row_scale, const int8_t* panels, const int32_t* sums_of_weight,
                   const float* column_scale, int64_t tokens, int64_t columns, int64_t inner, Extra extra, float* out) {
-  PARALLEL share_panels(tokens, columns, [&](int64_t panel, int64_t begin, int64_t end) {
+#ifdef HAS_AMX
+  if (amx::is_on() && tokens >= amx::BLOCK && inner % amx::BYTES == 0)
+    return product_by_bytes(values, row_scale, panels, sums_of_weight, column_scale, tokens, columns, inner, extra, out);
+#endif
+  PARALLEL share_panels(tokens, columns, ROWS, [&](int64_t panel, int64_t begin, int64_t end) {
     const int64_t column = panel * WIDTH;
-    const Bytes kind = {values, row_scale, inner,
-                        panels + column / TILE * TILE * inner + column % TILE * 4,
-                        column_scale ? column_scale + column : nullptr, sums_of_weight + column};
+    const Bytes<TakeBytes> kind = {{values, inner, panels + column / TILE * TILE * inner + column % TILE * 4}, row_scale,
+                                   column_scale ? column_scale + column : nullptr, sums_of_weight + column};
     rows_of_panel(kind, begin, end, column, columns, extra, out);
   });
 }
