@@ -332,4 +332,6 @@ def show_doctor(found: dict[str, Any]) -> None:
         out.print(f"         int8 multiplies {whole / real:.1f} times as fast as float32: --precision auto "
                   f"{'takes it' if whole >= INT8_PAYS * real else 'stays in float32'} in fused layers")  # fmt: skip
     if found["matrix_unit"]:
-        out.print("         matrix unit (AMX): fused layers multiply int8 there, and float32 in parts of bfloat16, as exactly")
+        out.print(
+            "         matrix unit (AMX): fused layers multiply int8 there, and float32 in parts of bfloat16, as exactly"
+        )
