@@ -132,6 +132,27 @@ def test_model_folders_that_cannot_be_used(tmp_path, reviews, model_folder):
         check(tmp_path, folder)
 
 
+@pytest.mark.parametrize("kind", ["bert", "nobody-knows"])
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_for(kind, tmp_path, reviews, model_folder, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("bert"), folder)
+    marker = tmp_path / "was-run"
+    (folder / "configuration_own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Config: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    classes = {
+        "AutoConfig": "configuration_own.Config",
+        "AutoModelForSequenceClassification": "configuration_own.Config",
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": classes}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    if kind == "bert":  # transformers' own class serves
+        check(tmp_path, folder)
+    else:
+        with pytest.raises(SourceError, match=r"its config cannot be used: .*custom code"):
+            check(tmp_path, folder)
+    assert not marker.exists()
+
+
 def test_a_head_that_is_not_known(tmp_path, reviews):
     from transformers import XLNetConfig, XLNetModel
 

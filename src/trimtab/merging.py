@@ -260,7 +260,9 @@ def load_merged(folder: Path, task: Task, dtype: str) -> Any:
         MergeError: weights are missing or left over.
     """
     auto = getattr(transformers, task.auto_class)
-    model, info = auto.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+    model, info = auto.from_pretrained(
+        folder, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
+    )
     strange = sorted(map(str, (*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"])))
     if strange:
         raise MergeError(f"what was merged is no whole model: {len(strange)} weights do not fit ({strange[0]}, …)")

@@ -73,7 +73,7 @@ def load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.location)
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise SourceError(f"{source.name}: its config cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -153,7 +153,7 @@ def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
     except Exception as error:  # missing files, bad JSON and unknown classes come as many kinds
         raise SourceError(f"{source.name}: no usable tokenizer: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
@@ -202,6 +202,7 @@ def load_base(
     try:
         model, info = getattr(transformers, auto_class).from_pretrained(
             source.location,
+            trust_remote_code=False,  # unsaid, it is asked for on a terminal
             dtype=torch.float32,
             ignore_mismatched_sizes=bool(head_settings),
             output_loading_info=True,

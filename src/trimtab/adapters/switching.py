@@ -110,6 +110,7 @@ def base_alone(peft_model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> It
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     only = {} if wrappers else {name: (model.get_submodule(name), weights) for name, weights in heads.items()}
     trained = copy_heads(model, list(only))
+    frozen = [parameter for parameter in peft_model.parameters() if not parameter.requires_grad]
     for module, weights in only.values():
         module.load_state_dict(weights)
     try:
@@ -130,6 +131,8 @@ def base_alone(peft_model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> It
     finally:
         for name, (module, _) in only.items():
             module.load_state_dict(trained[name])
+        for parameter in frozen:  # peft lets train what it switches on
+            parameter.requires_grad_(False)
 
 
 def check_weights(peft_model: Any, folder: Path, name: str) -> None:
