@@ -54,6 +54,11 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+// Brings nearer, of `bytes`, the share of a block of rows that begins at `row` of `rows`.
+inline void fetch_share(const int8_t* from, int64_t bytes, int64_t row, int64_t rows) {
+  for (int64_t i = row / BLOCK * 64; i < bytes; i += (rows + BLOCK - 1) / BLOCK * 64) _mm_prefetch(from + i, _MM_HINT_T1);
+}
+
 // Tiles 0 to 3 are sums of the rows of tiles 4 and 5 times the columns of 6 and 7.
 inline void clear() {
   _tile_zero(0);

@@ -136,4 +136,14 @@ inline void share_panels(int64_t tokens, int64_t columns, int64_t block, Visit v
   }
 }
 
+// The same with all panels for this thread's share of the rows: what comes before and after a product has its rows there.
+template <class Visit>
+inline void share_rows(int64_t tokens, int64_t columns, int64_t block, Visit visit) {
+  const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+  const int64_t share = ((tokens + threads - 1) / threads + block / 2) / block * block;
+  const int64_t begin = std::min(me * share, tokens), end = me + 1 == threads ? tokens : std::min(begin + share, tokens);
+  if (begin < end)
+    for (int64_t panel = 0; panel * WIDTH < columns; panel++) visit(panel, begin, end);
+}
+
 }  // namespace

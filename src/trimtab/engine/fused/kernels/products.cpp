@@ -203,11 +203,12 @@ void product_by_bytes(const uint8_t* values, const float* row_scale, const int8_
   PARALLEL {
     const amx::Tiles tiles;
     alignas(64) int32_t sums[amx::BLOCK * WIDTH];
-    share_panels(tokens, columns, amx::BLOCK, [&](int64_t panel, int64_t begin, int64_t end) {
+    share_rows(tokens, columns, amx::BLOCK, [&](int64_t panel, int64_t begin, int64_t end) {
       const int64_t column = panel * WIDTH;
       const float* const panel_scale = column_scale ? column_scale + column : nullptr;
       for (int64_t row = begin; row < end; row += amx::BLOCK) {
         const int64_t first = std::min(row, tokens - amx::BLOCK);  // so that it does not go past the last row
+        amx::fetch_share(panels + (column + WIDTH) * inner, WIDTH * inner, row - begin, end - begin);  // of the next panel
         amx::sum_bytes(values + first * inner, inner, panels + column * inner, sums);
         const Bytes<Taken<int32_t>> kind = {{sums, first}, row_scale, panel_scale, sums_of_weight + column};
         rows_of_panel(kind, row, std::min(row + amx::BLOCK, end), column, columns, extra, out);
