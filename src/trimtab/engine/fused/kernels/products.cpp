@@ -276,7 +276,7 @@ void product(const float* values, const float* tiles, int64_t backward, int64_t 
              Extra extra, float* out) {
   const Squares squares = {tiles, ((backward ? columns : inner) + TILE - 1) / TILE, backward != 0};
 #ifdef HAS_AMX
-  if (amx::is_on() && tokens >= amx::BLOCK) return product_by_halves(values, squares, tokens, columns, inner, extra, out);
+  if (amx::is_on()) return product_by_halves(values, squares, tokens, columns, inner, extra, out);
 #endif
   PARALLEL {
     static thread_local Buffer buffer;
