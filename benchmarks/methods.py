@@ -52,7 +52,12 @@ def tune_method(study: StudyConfig, data: PreparedData, work: Path) -> dict[str,
     source = locate_model(study.model, Silent())
     base = load_base(source, task.auto_class, task.head_settings(data.label_names), study.seed)
     scorer = make_scorer(task, base, study.max_length_tokens, Silent(), virtual_tokens_of(study))
-    encoded = EncodedSplits(*map(scorer.encode, (data.train, data.validation, data.test[:1])))
+    encoded = EncodedSplits(
+        train=scorer.encode(data.train),
+        validation=scorer.encode(data.validation),
+        test=scorer.encode(data.test[:1]),
+        max_length_tokens=scorer.max_length_tokens,
+    )
     probe, _ = fit_probe(scorer, encoded.train, encoded.validation)
     torch.manual_seed(study.seed)
     peft_model = start_adapter(study, scorer, encoded, probe, TrialFolder(work / study.method), Silent())

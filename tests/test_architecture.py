@@ -16,6 +16,7 @@ FLOORS = [
     "study",
     "prediction",
     "estimate",
+    "encoding",
     "report",
     "combining",
     "merging",

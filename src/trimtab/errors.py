@@ -7,6 +7,7 @@ TrimtabError
 │   ├── SourceError       a model or data source cannot be had
 │   ├── AdapterError      an adapter folder that is damaged, strange or not to be trusted
 │   ├── DataError         rows, columns, labels
+│   │   └── RowError      a row that cannot be turned into tokens
 │   └── RunFolderError    the run folder holds something else
 └── RunError              the work began and failed; what is finished is kept      exit 1
     ├── TrainingError     the loss or the gradients are no longer finite
@@ -49,6 +50,14 @@ class AdapterError(InputError):
 
 class DataError(InputError):
     pass
+
+
+class RowError(DataError):
+    """A row that cannot be used: `row_id` says which of its split (`train:12`), `problem` why and what to do."""
+
+    def __init__(self, row_id: str, problem: str) -> None:
+        super().__init__(f"row {row_id}: {problem}")
+        self.row_id, self.problem = row_id, problem
 
 
 class RunFolderError(InputError):

@@ -16,9 +16,7 @@ import psutil
 from peft.utils import get_peft_model_state_dict
 
 from trimtab.adapters.merged import is_narrow
-from trimtab.data import Row
 from trimtab.engine.batches import Collator
-from trimtab.engine.forward import usable_length
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import build_stack
 from trimtab.engine.scoring import SCORING_TOKENS_PER_BATCH
@@ -27,14 +25,13 @@ from trimtab.job import Job
 from trimtab.machine import measure_gemm_rates
 from trimtab.methods import WholeModel, check_method, get_method, learning_rate_of, virtual_tokens_of
 from trimtab.methods.targets import find_layers, is_linear
-from trimtab.models import build_without_weights, find_new_modules, load_tokenizer
+from trimtab.models import build_without_weights, find_new_modules
 from trimtab.sources import ModelSource, weight_files
 from trimtab.study_config import StudyConfig
+from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import backbone_of
 from trimtab.tasks.token_loss import chunk_positions
 
-# Rows of each split whose lengths stand for all.
-_SAMPLED_ROWS = 500
 # Seconds a token, a layer and a hidden unit beside the products, on a machine whose float32 products run at
 # `_RATED_GFLOPS` (benchmarks/training.py on two cores: SmolLM2 and MiniLM, both formats).
 _RATED_GFLOPS = 262.0
@@ -91,7 +88,7 @@ class _Sizes:
 
 
 class _Texts(NamedTuple):
-    """Tokens of a split: of all its rows, and of the first and the longest that stay in one batch."""
+    """Tokens of the training rows: of all, and of the first and the longest that stay in one batch."""
 
     tokens: int
     first: int
@@ -122,16 +119,10 @@ def estimate_job(job: Job) -> Estimate:
     trainable, total = peft_model.get_nb_trainable_parameters()
     forward = "padded" if virtual_tokens_of(study) else "fused" if stack is not None and stack.fits() else "packed"
 
-    tokenizer = load_tokenizer(job.source, study.added_tokens)
-    reserved = virtual_tokens_of(study)
-    length = usable_length(model, study.max_length_tokens + reserved) - reserved
-    texts = {
-        split: _measure_texts(job, getattr(job.data, split), tokenizer, model, length)
-        for split in ("train", "validation", "test")
-    }
-    tokens = {split: found.tokens for split, found in texts.items()}
+    encoded = job.encoded
+    tokens = {split: getattr(encoded, split).tokens for split in ("train", "validation", "test")}
     adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model, new_modules))
-    memory = _memory(job, sizes, trainable, total, forward, texts["train"])
+    memory = _memory(job, sizes, trainable, total, forward, _measure_texts(encoded.train))
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
     return Estimate(
@@ -184,13 +175,9 @@ def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
     return int(heads + held)
 
 
-def _measure_texts(job: Job, rows: Sequence[Row], tokenizer: Any, model: Any, length: int) -> _Texts:
-    """A split's tokens, from its first rows."""
-    sample = rows[:_SAMPLED_ROWS]
-    with job.naming_files():
-        encoded = job.task.encode(sample, tokenizer, model, length)
+def _measure_texts(encoded: EncodedRows) -> _Texts:
     lengths = Collator(encoded.examples, True, 0, 0, encoded.together).lengths
-    return _Texts(round(encoded.tokens * len(rows) / len(sample)), lengths[0], max(lengths))
+    return _Texts(encoded.tokens, lengths[0], max(lengths))
 
 
 def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, train: _Texts) -> dict[str, int]:

@@ -168,6 +168,12 @@ def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> Any:
     return tokenizer
 
 
+def give_padding(model: Any, tokenizer: Any) -> None:
+    """The tokenizer's padding token, where the model names none: heads that read the last token look for it."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
 def make_room_for_tokens(model: Any, tokens: int) -> None:
     """At least so many rows of embeddings, and of a language model's head; new ones start at the others' mean."""
     held = model.get_input_embeddings().weight.shape[0]
@@ -219,8 +225,7 @@ def load_base(
             f"{source.name}: its weights lack {len(strange)} parts of the model ({strange[0]}, …); "
             "they do not belong to this config.json"
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    give_padding(model, tokenizer)
     if has_more_tokens:
         make_room_for_tokens(model, len(tokenizer))
     model.requires_grad_(False)

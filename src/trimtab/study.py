@@ -10,12 +10,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import torch
 
 from trimtab.adapters import prove_reload
 from trimtab.data import PreparedData, prepare_data, write_rows
-from trimtab.errors import DataError, SourceError, StudyError, TrainingError
+from trimtab.encoding import describe_encoded, encode_splits
+from trimtab.errors import SourceError, StudyError, TrainingError
 from trimtab.estimate import describe, estimate_job
 from trimtab.evaluation.comparison import compare_systems
 from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
@@ -36,7 +36,6 @@ from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear, readout_of
 from trimtab.tasks.preference import Preference, log_probabilities, refer_to
 from trimtab.tasks.seq2seq import longest_target
-from trimtab.tasks.sequences import pair_separator
 from trimtab.tuning import cached_prefix, tune
 from trimtab.untuned import score_untuned, untuned_are_scored
 
@@ -87,8 +86,6 @@ def _keep_estimate(job: Job) -> None:
         return
     try:
         write_json(job.run.estimate, describe(estimate_job(job)))
-    except DataError:  # a row that cannot be encoded, told before weights are read
-        raise
     except Exception as error:  # builds differ without end, and the run's own checks have passed
         job.progress.note(f"no estimate: {type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})")
 
@@ -105,14 +102,14 @@ def check_study(study: StudyConfig, progress: Progress, overwrite: bool = False,
     check_quantize(study.quantize)
     source = locate_model(study.model, progress)
     check_model(source, study, task)
-    if study.added_tokens:
-        load_tokenizer(source, study.added_tokens)  # refuses those that it has already
     if study.class_weight:
         task = _weigh_classes(task, data)
+    encoded = encode_splits(study, task, data, source, progress)
     if claim:
         run.claim(study.to_yaml(), overwrite)
         write_rows(run.test_rows, data.test)
-    return Job(study, task, run, data, source, progress)
+        write_json(run.data_summary, data.summary() | describe_encoded(encoded))
+    return Job(study, task, run, data, source, encoded, progress)
 
 
 def _weigh_classes(task: Task, data: PreparedData) -> Task:
@@ -146,7 +143,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
         tokenizer = load_tokenizer(job.source, new_tokens) if new_tokens else None
         base = load_base(job.source, job.task.auto_class, head, job.study.seed, job.study.quantize, tokenizer)
         reserved = virtual_tokens_of(job.study)
-        scorer = make_scorer(job.task, base, job.study.max_length_tokens, job.progress, reserved)
+        scorer = make_scorer(job.task, base, job.encoded.max_length_tokens, job.progress, reserved)
         precision = choose_precision(job.study, scorer.choice.forward, job.progress)
         base_sha256 = fingerprint_model(job.source)
         facts = {
@@ -165,7 +162,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
             "is_chat": job.data.columns.messages is not None,
             "columns": {what: name for what, name in job.data.columns.named.items() if name is not None},
         }
-    encoded = encode_splits(job, scorer)
+    encoded = job.encoded
     if job.task.writes_answers:
         facts["max_new_tokens"] = longest_target(encoded.train + encoded.validation)
     with cached_prefix(job.study, scorer, base_sha256, job.progress):
@@ -183,49 +180,11 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
 def refer_splits(job: Job, scorer: Scorer, encoded: EncodedSplits) -> EncodedSplits:
     """What is learnt and validated on, with the log-probabilities that the base, still without adapter, gives it."""
     job.progress.stage("Scoring the base: train and validation (the reference of the preferences)")
-    found = {}
-    for name in ("train", "validation"):
-        rows: EncodedRows = getattr(encoded, name)
-        found[name] = refer_to(rows, log_probabilities(scorer.score(rows, job.progress).outputs, rows))
-    return replace(encoded, **found)
 
+    def refer(rows: EncodedRows) -> EncodedRows:
+        return refer_to(rows, log_probabilities(scorer.score(rows, job.progress).outputs, rows))
 
-def encode_splits(job: Job, scorer: Scorer) -> EncodedSplits:
-    """Tokenise every split, and tell lengths and truncations."""
-    job.progress.stage("Tokenising")
-    with job.naming_files():
-        splits = {name: scorer.encode(getattr(job.data, name)) for name in ("train", "validation", "test")}
-    lengths = {name: _describe_lengths(encoded) for name, encoded in splits.items()}
-    separator = pair_separator(scorer.base.tokenizer) if job.data.columns.text_pair else None
-    write_json(job.run.data_summary, job.data.summary() | {"tokens": lengths, "pair_separator": separator})
-    train = lengths["train"]
-    job.progress.note(
-        f"tokens a text: median {train['median']:.0f}, 95 % within {train['p95']:.0f}, longest {train['longest']}; "
-        f"{train['total']:,} in train"
-    )
-    if any(len(rows.examples) > len(set(rows.rows)) * rows.together for rows in splits.values()):
-        blocks = ", ".join(f"{len(encoded.examples):,} {name}" for name, encoded in splits.items())
-        job.progress.note(f"long texts are cut into blocks of {scorer.max_length_tokens} tokens: {blocks}")
-        return EncodedSplits(**splits)
-    cut = {name: length["truncated"] for name, length in lengths.items() if length["truncated"]}
-    if cut:
-        told = ", ".join(f"{count} {name}" for name, count in cut.items())
-        job.progress.note(f"cut to {scorer.max_length_tokens} tokens: {told} texts")
-    else:
-        job.progress.note(f"no text is longer than {scorer.max_length_tokens} tokens")
-    return EncodedSplits(**splits)
-
-
-def _describe_lengths(encoded: EncodedRows) -> dict[str, Any]:
-    blocks = np.array([len(example) for example in encoded.examples])
-    lengths = np.bincount(encoded.rows, blocks)
-    return {
-        "median": float(np.median(lengths)),
-        "p95": float(np.percentile(lengths, 95)),
-        "longest": int(lengths.max()),
-        "total": int(lengths.sum()),
-        "truncated": encoded.truncated,
-    }
+    return replace(encoded, train=refer(encoded.train), validation=refer(encoded.validation))
 
 
 def compare_run(

@@ -109,10 +109,11 @@ def test_rows_that_the_tokenizer_cannot_take(tmp_path, model_folder, failing_tem
     tokenizer.save_pretrained(failing_template)
     rows = write(tmp_path / "rows.jsonl", "causal_lm", GOOD["causal_lm"][0])
     for split in ("train", "test", "validation"):
-        files = {"train_data": rows} | {f"{split}_data": write(tmp_path / f"{split}.jsonl", "causal_lm", short, rows=4)}
+        bad = write(tmp_path / f"{split}.jsonl", "causal_lm", short, rows=600)
+        files = {"train_data": rows, f"{split}_data": bad}
         if split == "train":
             files |= {"test_data": rows, "validation_data": rows}
-        with pytest.raises(DataError, match=rf"^{tmp_path}/{split}\.jsonl:5: a text of one token has no next token"):
+        with pytest.raises(DataError, match=rf"^{tmp_path}/{split}\.jsonl:601: a text of one token has no next token"):
             check(tmp_path, failing_template, "causal_lm", **files)
 
 
@@ -123,6 +124,10 @@ def test_a_template_that_fails_names_the_row(tmp_path, failing_template, monkeyp
     monkeypatch.setattr("trimtab.study.load_base", lambda *_, **__: pytest.fail("weights were read"))
     study = {"task": "causal_lm", "model": str(failing_template), "train_data": data, "test_data": test,
              "out": str(tmp_path / "run")}  # fmt: skip
+    (tmp_path / "run").mkdir()
+    earlier = tmp_path / "run" / "study.yaml"
+    earlier.write_text("model: another\n")
     with pytest.raises(DataError, match=rf"^{tmp_path}/test\.jsonl:5: the tokenizer's chat template refuses this chat "
                                         r"\(two turns at most\)"):  # fmt: skip
-        run_study(build_study(study))
+        run_study(build_study(study), overwrite=True)
+    assert earlier.read_text() == "model: another\n"

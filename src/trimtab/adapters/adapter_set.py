@@ -123,7 +123,7 @@ class AdapterSet:
         if list(facts.get("new_tokens", [])) != list(mine.facts.get("new_tokens", [])):
             raise AdapterError(f"{folder} has other tokens than {mine.path} in its vocabulary; load it by itself")
         reserved = facts.get("virtual_tokens", 0)
-        length = usable_length(self.scorer.base.model, facts["max_length_tokens"] + reserved) - reserved
+        length = usable_length(self.scorer.base.model, facts["max_length_tokens"], reserved)
         return KnownAdapter(folder, facts, task, length)
 
     @property

@@ -248,10 +248,10 @@ def _position_offset(model: Any) -> int:
     return 0
 
 
-def usable_length(model: Any, wanted: int) -> int:
-    """`wanted` tokens, or as many as the model has positions for."""
+def usable_length(model: Any, wanted: int, reserved: int = 0) -> int:
+    """`wanted` tokens, or as many as the model has positions for beside `reserved` ones."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return wanted if positions is None else min(wanted, positions - _position_offset(model))
+    return wanted if positions is None else min(wanted, positions - _position_offset(model) - reserved)
 
 
 def _fused_forward(model: Any, probe: Callable[[PackedForward], float]) -> PackedForward | None:

@@ -68,7 +68,7 @@ def make_scorer(
     Args:
         reserved_tokens: positions that the method's own tokens will take; texts are cut for every system alike.
     """
-    usable = usable_length(base.model, max_length_tokens + reserved_tokens) - reserved_tokens
+    usable = usable_length(base.model, max_length_tokens, reserved_tokens)
     if usable < max_length_tokens:
         progress.note(f"this model reads at most {usable} tokens, so texts are cut there")
         max_length_tokens = usable

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.data import Row
-from trimtab.errors import DataError
+from trimtab.errors import RowError
 from trimtab.tasks.examples import EncodedRows, Example
 from trimtab.tasks.next_token import NextToken, end_text
 
@@ -48,7 +48,7 @@ class _Encoder:
         """One or more examples of a row.
 
         Raises:
-            DataError: nothing in it can be learnt.
+            RowError: nothing in it can be learnt.
         """
         if row.messages is not None:
             return [self._supervised(row, *self._chat(row))]
@@ -56,7 +56,7 @@ class _Encoder:
             return [self._supervised(row, *self._completion(row))]
         ids = end_text(self.tokenizer(row.text, verbose=False)["input_ids"], self.tokenizer)
         if len(ids) < 2:
-            raise DataError(f"row {row.id}: a text of one token has no next token to learn; remove the row")
+            raise RowError(row.id, "a text of one token has no next token to learn; remove the row")
         starts = range(0, len(ids) - 1, self.max_length - 1)
         return [_example(ids[start : start + self.max_length], 1) for start in starts]
 
@@ -71,7 +71,7 @@ class _Encoder:
         """All tokens of the chat's template, and which of them are the assistant's."""
         messages = row.messages or []
         if not any(message["role"] == "assistant" for message in messages):
-            raise DataError(f"row {row.id}: a chat without a turn of the assistant teaches nothing; remove the row")
+            raise RowError(row.id, "a chat without a turn of the assistant teaches nothing; remove the row")
         ids = self._template(row, messages)
         learnt = [False] * len(ids)
         for number, message in enumerate(messages):
@@ -80,9 +80,10 @@ class _Encoder:
             before = self._template(row, messages[:number], add_generation_prompt=True)
             after = self._template(row, messages[: number + 1])
             if ids[: len(after)] != after or after[: len(before)] != before:
-                raise DataError(
-                    f"row {row.id}: the tokenizer's chat template writes turn {number + 1} in another way once "
-                    "the chat goes on, so its tokens cannot be told; give each chat up to that turn as its own row"
+                raise RowError(
+                    row.id,
+                    f"the tokenizer's chat template writes turn {number + 1} in another way once "
+                    "the chat goes on, so its tokens cannot be told; give each chat up to that turn as its own row",
                 )
             learnt[len(before) : len(after)] = [True] * (len(after) - len(before))
         if messages[-1]["role"] == "assistant" and not self.marks & set(ids[len(before) :]):
@@ -94,7 +95,7 @@ class _Encoder:
             found = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **settings)
         except Exception as error:  # templates raise what they like
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"row {row.id}: the tokenizer's chat template refuses this chat ({reason})") from error
+            raise RowError(row.id, f"the tokenizer's chat template refuses this chat ({reason})") from error
         ids: list[int] = found["input_ids"]
         return ids
 
@@ -108,7 +109,7 @@ class _Encoder:
             ids, learnt = ids[cut:][: self.max_length], learnt[cut:][: self.max_length]
         positions = [place - 1 for place, wanted in enumerate(learnt) if wanted and place]
         if not positions:
-            raise DataError(f"row {row.id}: the completion gives no token to learn; fill or remove the row")
+            raise RowError(row.id, "the completion gives no token to learn; fill or remove the row")
         return Example(ids, None, positions, [ids[place + 1] for place in positions])
 
 

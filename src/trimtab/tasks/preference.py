@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimtab.data import Row
-from trimtab.errors import DataError
+from trimtab.errors import RowError
 from trimtab.tasks.causal_lm import CausalLM
 from trimtab.tasks.examples import Batch, EncodedRows, Forward
 from trimtab.tasks.heads import readout_of
@@ -38,16 +38,17 @@ class Preference(CausalLM):
         """Prompts with their chosen and rejected answers; only the answers count.
 
         Raises:
-            DataError: both answers give the same tokens, or one gives none.
+            RowError: both answers give the same tokens, or one gives none.
         """
         answers = [part for row in rows for part in _both(row)]
         encoded = super().encode(answers, tokenizer, model, max_length_tokens)
         for place, row in enumerate(rows):
             chosen, rejected = encoded.examples[_ANSWERS * place : _ANSWERS * (place + 1)]
             if chosen.input_ids == rejected.input_ids:
-                raise DataError(
-                    f"row {row.id}: chosen and rejected are the same in their first {max_length_tokens} tokens; "
-                    "raise --max-length-tokens, or remove the row"
+                raise RowError(
+                    row.id,
+                    f"chosen and rejected are the same in their first {max_length_tokens} tokens; "
+                    "raise --max-length-tokens, or remove the row",
                 )
         numbers = [number // _ANSWERS for number in encoded.rows]
         return EncodedRows(encoded.examples, numbers, encoded.truncated, together=_ANSWERS)

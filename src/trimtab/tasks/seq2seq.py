@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.data import Row
-from trimtab.errors import DataError
+from trimtab.errors import RowError
 from trimtab.tasks.examples import EncodedRows, Example
 from trimtab.tasks.next_token import NextToken, end_text
 
@@ -23,7 +23,7 @@ class Seq2Seq(NextToken):
         """Sources and targets are cut to `max_length_tokens` each.
 
         Raises:
-            DataError: a source or target that gives no token.
+            RowError: a source or target that gives no token.
         """
         start = model.config.decoder_start_token_id
         examples, truncated = [], 0
@@ -32,7 +32,7 @@ class Seq2Seq(NextToken):
             target = end_text(tokenizer(text_target=row.completion, verbose=False)["input_ids"], tokenizer)
             if not source or len(target) < 2:
                 lacking = row.completion if source else row.text
-                raise DataError(f"row {row.id}: the tokenizer gives no token for {lacking!r:.42}; remove the row")
+                raise RowError(row.id, f"the tokenizer gives no token for {lacking!r:.42}; remove the row")
             truncated += len(source) > max_length_tokens or len(target) > max_length_tokens
             source, target = (_cut(ids, max_length_tokens) for ids in (source, target))
             examples.append(Example(source, None, list(range(len(target))), target, [start, *target[:-1]]))

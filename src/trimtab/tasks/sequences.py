@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.data import Row
-from trimtab.errors import DataError
+from trimtab.errors import RowError
 from trimtab.tasks.examples import EncodedRows, Example
 from trimtab.tasks.heads import pools_last_token
 
@@ -23,7 +23,7 @@ def encode_texts(
     (a text may end with the padding token itself); an encoder at its first token.
 
     Raises:
-        DataError: a text that gives no token.
+        RowError: a text that gives no token.
     """
     texts = [row.text for row in rows]
     pairs = [row.text_pair or "" for row in rows] if rows and rows[0].text_pair is not None else None
@@ -43,7 +43,7 @@ def encode_texts(
     examples = []
     for i, (row, ids) in enumerate(zip(rows, encoded["input_ids"], strict=True)):
         if not ids:
-            raise DataError(f"row {row.id}: the tokenizer gives no token for {row.text[:40]!r}; remove the row")
+            raise RowError(row.id, f"the tokenizer gives no token for {row.text[:40]!r}; remove the row")
         pooled = 0
         if reads_last:
             pooled = max((k for k, token in enumerate(ids) if token != pad_token_id), default=0)

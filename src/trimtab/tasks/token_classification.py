@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.data import Row
-from trimtab.errors import DataError
+from trimtab.errors import RowError
 from trimtab.tasks.classification import classification_loss, name_labels
 from trimtab.tasks.examples import Batch, EncodedRows, Example, Forward
 
@@ -34,7 +34,7 @@ class TokenClassification:
             words, labels = row.words or [], row.labels or []
             places = _first_tokens(encoded[number], words)
             if not places:
-                raise DataError(f"row {row.id}: the tokenizer gives no token for {row.text[:40]!r}; remove the row")
+                raise RowError(row.id, f"the tokenizer gives no token for {row.text[:40]!r}; remove the row")
             truncated += len(places) < len(words)
             examples.append(
                 Example(encoded["input_ids"][number], types[number] if types else None, places, labels[: len(places)])
