@@ -104,8 +104,6 @@ in kernels of its own, and scores in float32, whose weights it reads from their 
 bits only, and takes them apart again for each product. Peak memory is that of the whole process, reading the weights
 included. Rows may be of different days and versions of Trimtab: on a shared machine their speeds do not compare
 well, and docs/performance.md has float32 and int8 in turns.
-The row of 8 bits is from before weights were held once, that of 4 bits from a newer processor, whose time is
-estimated as twice what it is.
 
 | base | peak memory | training tokens/s | accuracy [95 % interval] |
 | --- | --: | --: | --: |"""

@@ -11,7 +11,6 @@ from samples import run_here, run_trimtab, write_reviews
 from trimtab.adapters import save_start, write_weights
 from trimtab.errors import MethodError
 from trimtab.estimate import estimate_job
-from trimtab.machine import measure_gemm_rates
 from trimtab.methods import METHODS, attach_adapter
 from trimtab.models import load_base
 from trimtab.progress import Silent
@@ -53,20 +52,15 @@ def test_parameters_and_adapter_are_those_of_the_run(tmp_path, model_folder, fam
 
 
 @pytest.fixture(scope="module")
-def rates():
-    return measure_gemm_rates(("float32", "int8"))
-
-
-@pytest.fixture(scope="module")
 def job(tmp_path_factory, model_folder):
     """A checked study, whose method each test below changes."""
     return check_study(make_study(tmp_path_factory.mktemp("job"), model_folder("llama")), Silent(), claim=False)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_every_method_is_counted(tmp_path, job, rates, method, monkeypatch):
+def test_every_method_is_counted(tmp_path, job, method, monkeypatch):
     """Without weights, and around a model with them: the same numbers, and the same bytes of adapter."""
-    monkeypatch.setattr("trimtab.estimate.measure_gemm_rates", lambda wanted: rates)  # once is enough
+    monkeypatch.setattr("trimtab.estimate.measure_rate", lambda product: 100.0)  # only time follows from it
     options = small_study(method, "classification").method_options
     study = job.study.model_copy(update={"method": method, "method_options": options})
     estimate = estimate_job(replace(job, study=study))
@@ -90,8 +84,8 @@ def test_more_work_takes_longer_and_a_larger_batch_more_memory(tmp_path, model_f
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_language_models_blocks_are_as_long_as_its_texts(tmp_path, model_folder, rates, monkeypatch, precision):
-    monkeypatch.setattr("trimtab.estimate.measure_gemm_rates", lambda wanted: rates)
+def test_a_language_models_blocks_are_as_long_as_its_texts(tmp_path, model_folder, monkeypatch, precision):
+    monkeypatch.setattr("trimtab.estimate.measure_rate", lambda product: 100.0)
     model = shutil.copytree(model_folder("llama", "AutoModelForCausalLM"), tmp_path / "base")
     config = (
         (model / "config.json").read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 999')

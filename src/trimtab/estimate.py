@@ -19,10 +19,9 @@ from trimtab.adapters.merged import is_narrow
 from trimtab.engine.batches import Collator
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import build_stack
-from trimtab.engine.scoring import SCORING_TOKENS_PER_BATCH
+from trimtab.engine.product_rates import Product, measure_rate
 from trimtab.errors import MethodError
 from trimtab.job import Job
-from trimtab.machine import measure_gemm_rates
 from trimtab.methods import WholeModel, check_method, get_method, learning_rate_of, virtual_tokens_of
 from trimtab.methods.targets import find_layers, is_linear
 from trimtab.models import build_without_weights, find_new_modules
@@ -36,8 +35,6 @@ from trimtab.tasks.token_loss import chunk_positions
 # `_RATED_GFLOPS` (benchmarks/training.py on two cores: SmolLM2 and MiniLM, both formats).
 _RATED_GFLOPS = 262.0
 _TRAIN_OVERHEAD, _SCORE_OVERHEAD = 36e-9, 10.5e-9
-# Seconds to take a weight of a quantised layer apart, once for each product of a batch.
-_UNPACK_SECONDS = {"none": 0.0, "8bit": 7e-9, "4bit": 7e-9}
 # How much slower other paths are than fused layers, in what is not products: peft's own layers; padding.
 _SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 3.5}
 # How much more transformers' and peft's own layers keep of a token than fused ones.
@@ -215,6 +212,10 @@ def _computes_in_int8(study: StudyConfig) -> bool:
     return study.precision in ("int8", "auto") and study.quantize == "none" and native.has_int8()
 
 
+def _scoring_product(study: StudyConfig) -> Product:
+    return "float32" if study.quantize == "none" else study.quantize
+
+
 def _is_mapped(source: ModelSource) -> bool:
     """Whether weights are mapped from their files, so that pages go back once they are laid out elsewhere."""
     files = weight_files(source, fetch=False)
@@ -234,26 +235,23 @@ def _seconds(
     job: Job, sizes: _Sizes, tokens: dict[str, int], total: int, has_stack: bool, forward: str
 ) -> dict[str, float]:
     study = job.study
-    unpack = _UNPACK_SECONDS[study.quantize] * sizes.linear
-    rates = measure_gemm_rates(("float32", "int8"))
-    real = rates["float32"] or 1.0
-    whole = max(real, rates["int8"] or real) if _computes_in_int8(study) else real
-    units = sizes.layers * sizes.hidden * _RATED_GFLOPS / real
+    stock = measure_rate("stock")
+    real = stock if study.quantize == "none" and not has_stack else measure_rate(_scoring_product(study))
+    whole = max(real, measure_rate("int8")) if _computes_in_int8(study) else real
+    units = sizes.layers * sizes.hidden * _RATED_GFLOPS / stock
     scoring_path = "fused" if has_stack else "packed"
 
-    # A language model's head is multiplied in float32, once to score and once more for its gradient.
-    readout = 0.0 if job.task.has_probe else 2e-9 * sizes.vocabulary * sizes.hidden / real
+    # A language model's head is multiplied in torch's float32, once to score and once more for its gradient.
+    readout = 0.0 if job.task.has_probe else 2e-9 * sizes.vocabulary * sizes.hidden / stock
 
     def score(rate: float, path: str) -> float:
         """Seconds a token."""
-        products = 2e-9 * sizes.linear / rate + unpack / SCORING_TOKENS_PER_BATCH + readout
-        return products + _SCORE_OVERHEAD * units * _SLOWER[path]
+        return 2e-9 * sizes.linear / rate + readout + _SCORE_OVERHEAD * units * _SLOWER[path]
 
     backward = sizes.trained_layers / sizes.layers
-    products = 2e-9 * sizes.linear / whole + unpack / study.tokens_per_batch
     # A weight that is trained takes a product more, for its own gradient.
     products_a_step = 1 + backward * (2 if study.method == "full" else 1)
-    step = products * products_a_step + 2 * readout + _TRAIN_OVERHEAD * units * _SLOWER[forward]
+    step = 2e-9 * sizes.linear / whole * products_a_step + 2 * readout + _TRAIN_OVERHEAD * units * _SLOWER[forward]
     validations = study.num_train_epochs * study.evaluations_per_epoch + 1
     rest = tokens["train"] + tokens["validation"]
     load = _LOAD_SECONDS_PER_BYTE * 4 * total

@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def git_state() -> str | None:
     return done.stdout.strip()
 
 
-def measure_gemm_rates(precisions: Sequence[str] = ("float32", "bfloat16", "int8")) -> dict[str, float | None]:
+def measure_gemm_rates() -> dict[str, float | None]:
     """Multiply-adds counted as two, in GFLOP/s (GOP/s for int8), median; None where refused."""
     import torch
 
@@ -108,7 +108,7 @@ def measure_gemm_rates(precisions: Sequence[str] = ("float32", "bfloat16", "int8
         "bfloat16": lambda: narrow @ narrow_right.t(),
         "int8": lambda: torch._int_mm(whole, whole_right.t()),
     }
-    return {name: _rate(work[name]) for name in precisions}
+    return {name: _rate(work[name]) for name in work}
 
 
 def _rate(run: Callable[[], Any]) -> float | None:
@@ -116,10 +116,16 @@ def _rate(run: Callable[[], Any]) -> float | None:
         run()
     except RuntimeError:  # this build or processor has no such kernel
         return None
+    return 2 * _ROWS * _INNER * _OUTER / median_seconds(run) / 1e9
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+    """Of one call."""
+    run()
     seconds: list[float] = []
     # Half a second is long enough to wake a processor up; slow kernels get three runs.
     while len(seconds) < 3 or sum(seconds) < 0.5:
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
-    return 2 * _ROWS * _INNER * _OUTER / statistics.median(seconds) / 1e9
+    return statistics.median(seconds)
