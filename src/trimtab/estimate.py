@@ -19,7 +19,8 @@ from trimtab.adapters.merged import is_narrow
 from trimtab.engine.batches import Collator
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import build_stack
-from trimtab.engine.product_rates import Product, measure_rate
+from trimtab.engine.memory import give_back_freed_memory
+from trimtab.engine.rates import Product, measure_elementwise_seconds, measure_rate
 from trimtab.errors import MethodError
 from trimtab.job import Job
 from trimtab.methods import WholeModel, check_method, get_method, learning_rate_of, virtual_tokens_of
@@ -31,12 +32,10 @@ from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import backbone_of
 from trimtab.tasks.token_loss import chunk_positions
 
-# Seconds a token, a layer and a hidden unit beside the products, on a machine whose float32 products run at
-# `_RATED_GFLOPS` (benchmarks/training.py on two cores: SmolLM2 and MiniLM, both formats).
-_RATED_GFLOPS = 262.0
-_TRAIN_OVERHEAD, _SCORE_OVERHEAD = 36e-9, 10.5e-9
+# What a token takes in a layer beside the products, in sigmoids a hidden unit (fitted to benchmarks/studies.py).
+_TRAIN_OVERHEAD, _SCORE_OVERHEAD = 53.0, 16.0
 # How much slower other paths are than fused layers, in what is not products: peft's own layers; padding.
-_SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 3.5}
+_SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 7.0}
 # How much more transformers' and peft's own layers keep of a token than fused ones.
 _KEPT = {"fused": 1.0, "packed": 2.7, "padded": 1.4}
 # Chunks that a language model holds: logits and probabilities.
@@ -198,6 +197,7 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
         4 * _LOGIT_BUFFERS * chunk_positions(sizes.vocabulary) * sizes.vocabulary if not job.task.has_probe else 0
     )
     vectors = _TEXT_BYTES * train.tokens * _text_columns(job)
+    give_back_freed_memory()  # what reading the data has left
     return {
         "libraries and data": int(psutil.Process().memory_info().rss),
         "text baseline": int(vectors),
@@ -238,7 +238,7 @@ def _seconds(
     stock = measure_rate("stock")
     real = stock if study.quantize == "none" and not has_stack else measure_rate(_scoring_product(study))
     whole = max(real, measure_rate("int8")) if _computes_in_int8(study) else real
-    units = sizes.layers * sizes.hidden * _RATED_GFLOPS / stock
+    units = sizes.layers * sizes.hidden * measure_elementwise_seconds()
     scoring_path = "fused" if has_stack else "packed"
 
     # A language model's head is multiplied in torch's float32, once to score and once more for its gradient.

@@ -21,7 +21,7 @@ from trimtab.runs import RunFolder
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
-from trimtab.tasks.token_loss import Readout, chunk_positions, mean_token_loss, token_losses
+from trimtab.tasks.token_loss import Readout, chunk_positions
 
 TASK = get_task("causal_lm")
 TEMPLATE = (
@@ -125,11 +125,11 @@ def test_chunks_give_what_all_logits_give(scale, softcap, with_bias):
         return loss.detach(), torch.autograd.grad(3.0 * loss, states)[0]
 
     expected = results(F.cross_entropy(readout.logits(states), labels))
-    found = results(mean_token_loss(readout, states, labels))
+    found = results(readout.mean_loss(states, labels))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     trained = readout._replace(weight=weight.clone().requires_grad_())
-    torch.testing.assert_close(results(mean_token_loss(trained, states, labels)), expected, atol=1e-6, rtol=1e-5)
-    losses, hits = token_losses(readout, states.detach(), labels)
+    torch.testing.assert_close(results(trained.mean_loss(states, labels)), expected, atol=1e-6, rtol=1e-5)
+    losses, hits = readout.losses(states.detach(), labels)
     torch.testing.assert_close(losses.mean(), expected[0])
     assert torch.equal(hits, readout.logits(states).argmax(-1) == labels)
 
@@ -138,8 +138,8 @@ def test_what_was_scored_first_can_be_trained():
     readout = Readout(torch.randn(37, 4), None, 1.0, None)  # a vocabulary that no other test has
     states, labels = torch.randn(5, 4), torch.arange(5)
     with torch.inference_mode():
-        losses, _ = token_losses(readout, states, labels)
-    loss = mean_token_loss(readout, states.requires_grad_(), labels)
+        losses, _ = readout.losses(states, labels)
+    loss = readout.mean_loss(states.requires_grad_(), labels)
     loss.backward()
     torch.testing.assert_close(loss.detach(), losses.mean().clone())
     assert states.grad is not None
@@ -156,7 +156,7 @@ def test_a_larger_vocabulary_takes_shorter_chunks(vocabulary, positions):
 def test_a_truth_that_is_next_to_impossible_has_its_loss():
     states = torch.tensor([[200.0, 0.0], [0.0, 1.0]]).requires_grad_()
     readout, labels = Readout(torch.eye(2), None, 1.0, None), torch.tensor([1, 1])
-    loss = mean_token_loss(readout, states, labels)
+    loss = readout.mean_loss(states, labels)
     torch.testing.assert_close(loss, F.cross_entropy(states, labels))
     assert torch.isfinite(torch.autograd.grad(loss, states)[0]).all()
 

@@ -16,6 +16,7 @@ from trimtab.engine import attention
 from trimtab.engine.batches import Batch, Collator
 from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import LayerStack, build_stack
+from trimtab.engine.fused.vocabulary import VocabularyHead
 from trimtab.engine.last_layer import only_rows
 from trimtab.engine.mixed import current_mix
 from trimtab.tasks.examples import Example
@@ -26,7 +27,9 @@ from trimtab.tasks.heads import (
     logits_from_pooled,
     pools_first_token,
     pools_last_token,
+    readout_of,
 )
+from trimtab.tasks.token_loss import LanguageHead
 
 # Largest difference in logits between a packed and a lone text that counts as equal: of 1, or of the largest logit,
 # since language models' are in the tens.
@@ -52,6 +55,10 @@ class Forward(Protocol):
         """[positions, classes]."""
         ...
 
+    def head(self) -> LanguageHead:
+        """What turns states into losses, where the model is one of language."""
+        ...
+
 
 class PaddedForward:
     packed = False
@@ -67,6 +74,9 @@ class PaddedForward:
     def logits(self, batch: Batch) -> Tensor:
         logits: Tensor = self.model(**self._inputs(batch)).logits
         return logits if logits.dim() == 2 else logits.flatten(0, 1).index_select(0, batch.pooled)
+
+    def head(self) -> LanguageHead:
+        return readout_of(self.model)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -152,6 +162,11 @@ class PackedForward:
 
     def logits(self, batch: Batch) -> Tensor:
         return logits_from_pooled(self.model, self.states(batch))
+
+    def head(self) -> LanguageHead:
+        readout = readout_of(self.model)
+        head = None if self.stack is None else self.stack.head
+        return head if head is not None and head.serves(readout) else readout
 
     def hidden_states(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """[tokens, hidden] of the backbone's last layer; of the tokens `rows` only, where they are given."""
@@ -261,6 +276,8 @@ def _fused_forward(model: Any, probe: Callable[[PackedForward], float]) -> Packe
     stack = build_stack(backbone_of(model), native)
     if stack is None:
         return None
+    if is_language_model(model):
+        stack.head = VocabularyHead(readout_of(model).weight, native)
     forward = PackedForward(model, stack)
     try:
         return forward if probe(forward) <= PROBE_TOLERANCE else None

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trimtab.tasks.token_loss import LanguageHead
+
 
 @dataclass(frozen=True)
 class Example:
@@ -98,4 +100,8 @@ class Forward(Protocol):
 
     def logits(self, batch: Any) -> Tensor:
         """[positions, classes] of the model's own head."""
+        ...
+
+    def head(self) -> LanguageHead:
+        """What turns states into losses, where the model is one of language."""
         ...

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from trimtab.tasks.examples import Batch, EncodedRows, Forward
-from trimtab.tasks.heads import readout_of
-from trimtab.tasks.token_loss import mean_token_loss, token_losses
 
 
 class NextToken:
@@ -22,11 +20,11 @@ class NextToken:
         return {}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        return mean_token_loss(readout_of(forward.model), forward.states(batch), batch.labels)
+        return forward.head().mean_loss(forward.states(batch), batch.labels)
 
     def outputs(self, forward: Forward, batch: Batch) -> Tensor:
         """[positions, 2]: loss in nats, and 1 where the likeliest token is the true one."""
-        losses, hits = token_losses(readout_of(forward.model), forward.states(batch), batch.labels)
+        losses, hits = forward.head().losses(forward.states(batch), batch.labels)
         return torch.stack([losses, hits.float()], dim=1)
 
     def summarise(self, outputs: Tensor, encoded: EncodedRows) -> dict[str, float]:

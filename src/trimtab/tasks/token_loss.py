@@ -8,7 +8,7 @@ at once the states' gradient, so that nothing of the vocabulary's width is kept.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ _CHUNK_LOGITS = 256 * 49_152
 _MOST_POSITIONS, _FEWEST_POSITIONS = 256, 32
 # Probabilities below this have lost digits in float32.
 _SMALLEST = 1e-30
+
+
+class LanguageHead(Protocol):
+    """What tasks ask of a language model's head: the losses, in nats, of `labels` given `states`."""
+
+    def mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Their mean, with a graph where the states have one."""
+        ...
+
+    def losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each, and whether the likeliest token is the true one; both [positions], without gradients."""
+        ...
 
 
 class Readout(NamedTuple):
@@ -50,20 +62,30 @@ class Readout(NamedTuple):
             out *= self.scale
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
+    def mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
+        is_frozen = self.adapted is None and not (self.weight.requires_grad or _trains(self.bias))
+        if states.requires_grad and is_frozen:
+            frozen: Tensor = _FrozenReadout.apply(states, self, labels)  # type: ignore[no-untyped-call]
+            return frozen
+        return learnt_token_losses(self, states, labels).sum() / len(labels)
+
+    @torch.no_grad()
+    def losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each position, and whether its likeliest token is the true one; both [positions]."""
+        losses, hits = [], []
+        logits_buffer, probabilities_buffer = _chunk_buffers(len(self.weight), states.device)
+        for part, wanted in zip(*(torch.split(rows, len(logits_buffer)) for rows in (states, labels)), strict=True):
+            logits = self.write_logits(part, logits_buffer)
+            probabilities = torch.softmax(logits, -1, out=probabilities_buffer[: len(part)])
+            losses.append(_losses(logits, probabilities, wanted.unsqueeze(1)))
+            hits.append(logits.argmax(-1) == wanted)
+        return torch.cat(losses), torch.cat(hits)
+
 
 def chunk_positions(vocabulary: int) -> int:
     """Positions whose logits are held at once."""
     return max(_FEWEST_POSITIONS, min(_MOST_POSITIONS, _CHUNK_LOGITS // vocabulary))
-
-
-def mean_token_loss(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
-    is_frozen = readout.adapted is None and not (readout.weight.requires_grad or _trains(readout.bias))
-    if states.requires_grad and is_frozen:
-        frozen: Tensor = _FrozenReadout.apply(states, readout, labels)  # type: ignore[no-untyped-call]
-        return frozen
-
-    return learnt_token_losses(readout, states, labels).sum() / len(labels)
 
 
 def learnt_token_losses(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
@@ -75,19 +97,6 @@ def learnt_token_losses(readout: Readout, states: Tensor, labels: Tensor) -> Ten
     size = chunk_positions(len(readout.weight))
     chunks = zip(torch.split(states, size), torch.split(labels, size), strict=True)
     return torch.cat([checkpoint(of_chunk, part, wanted, use_reentrant=False) for part, wanted in chunks])
-
-
-@torch.no_grad()
-def token_losses(readout: Readout, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each position, and whether its likeliest token is the true one; both [positions], without gradients."""
-    losses, hits = [], []
-    logits_buffer, probabilities_buffer = _chunk_buffers(len(readout.weight), states.device)
-    for part, wanted in zip(*(torch.split(rows, len(logits_buffer)) for rows in (states, labels)), strict=True):
-        logits = readout.write_logits(part, logits_buffer)
-        probabilities = torch.softmax(logits, -1, out=probabilities_buffer[: len(part)])
-        losses.append(_losses(logits, probabilities, wanted.unsqueeze(1)))
-        hits.append(logits.argmax(-1) == wanted)
-    return torch.cat(losses), torch.cat(hits)
 
 
 @functools.lru_cache(maxsize=1)

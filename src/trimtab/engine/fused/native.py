@@ -181,23 +181,24 @@ def linear(
     bias: Tensor | None = None,
     low_rank: LowRank | None = None,
     addend: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    return _multiply(rows, weight, False, _Extra.of(addend, bias, low_rank))
+    return _multiply(rows, weight, False, _Extra.of(addend, bias, low_rank), out)
 
 
-def linear_backward(rows: Rows, weight: Weight, addend: Tensor | None = None) -> Tensor:
-    return _multiply(rows, weight, True, _Extra.of(addend))
+def linear_backward(rows: Rows, weight: Weight, addend: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    return _multiply(rows, weight, True, _Extra.of(addend), out)
 
 
-def _multiply(rows: Rows, weight: Weight, backward: bool, extra: _Extra) -> Tensor:
+def _multiply(rows: Rows, weight: Weight, backward: bool, extra: _Extra, out: Tensor | None) -> Tensor:
     inner, columns = weight.shape if backward else weight.shape[::-1]
     if weight.int8 is None:
         assert rows.values is not None
-        out = _empty(len(rows.values), columns)
+        out = _empty(len(rows.values), columns) if out is None else out
         _call("product", rows.values, weight.tiles, int(backward), len(out), columns, inner, extra, out)
         return out
     assert rows.quantised is not None
-    out = _empty(len(rows.quantised), columns)
+    out = _empty(len(rows.quantised), columns) if out is None else out
     scale: Tensor | None = weight.int8.column_scale
     panels = weight.int8.forward
     if backward:  # the scales of the weight's columns were folded into the rows

@@ -89,26 +89,29 @@ def linear(
     bias: Tensor | None = None,
     low_rank: LowRank | None = None,
     addend: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """rows W^T + bias + low_rank + addend, in int8 where the weight has that."""
+    """rows W^T + bias + low_rank + addend, in int8 where the weight has that; into `out`, if there is one."""
     if weight.int8 is None:
         assert rows.values is not None
-        out = rows.values @ weight.values.t()
+        product = rows.values @ weight.values.t()
     else:
-        out = _multiply_int8(rows, _rounded(weight).t()) * weight.int8.column_scale
+        product = _multiply_int8(rows, _rounded(weight).t()) * weight.int8.column_scale
     if low_rank is not None:
-        out = out + low_rank.small @ low_rank.b
-    return out + sum(part for part in (bias, addend) if part is not None)
+        product = product + low_rank.small @ low_rank.b
+    product = product + sum(part for part in (bias, addend) if part is not None)
+    return product if out is None else out.copy_(product)
 
 
-def linear_backward(rows: Rows, weight: Weight, addend: Tensor | None = None) -> Tensor:
-    """rows W + addend; in int8, the weight's scales are in the rows already."""
+def linear_backward(rows: Rows, weight: Weight, addend: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """rows W + addend, into `out`, if there is one; in int8, the weight's scales are in the rows already."""
     if weight.int8 is None:
         assert rows.values is not None
-        out = rows.values @ weight.values
+        product = rows.values @ weight.values
     else:
-        out = _multiply_int8(rows, _rounded(weight))
-    return out if addend is None else out + addend
+        product = _multiply_int8(rows, _rounded(weight))
+    product = product if addend is None else product + addend
+    return product if out is None else out.copy_(product)
 
 
 def _multiply_int8(rows: Rows, integers: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from trimtab.engine.fused.formats import Rows, Want
 from trimtab.engine.fused.linears import LinearGroup
 from trimtab.engine.fused.stack import LayerStack
+from trimtab.engine.fused.vocabulary import VocabularyHead
 from trimtab.engine.memory import give_back_mapped_pages
 
 # Least cosine between what int8 and float32 give, over all elements of a group's product.
@@ -24,6 +26,9 @@ GRADIENT_COSINE = 0.99
 
 # Rows of a batch on which each group's error is measured; all groups' are held at once.
 MEASURED_ROWS = 256
+MEASURED_POSITIONS = 32  # of a language model's head, whose rows are as long as its vocabulary
+# Its name among the groups, behind the last layer.
+HEAD = "vocabulary"
 
 
 class GroupError(NamedTuple):
@@ -82,6 +87,38 @@ class _Measured:
         del self.group.forward, self.group.backward
 
 
+class _MeasuredHead:
+    """A language model's head in one pass in float32; its int8 is held against that afterwards, on a few rows."""
+
+    def __init__(self, layer: int, head: VocabularyHead) -> None:
+        self.layer, self.head = layer, head
+        self._seen: tuple[Tensor, Tensor] | None = None
+        head.mean_loss = self._mean_loss  # type: ignore[method-assign]
+
+    def _mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        self._seen = states[:MEASURED_POSITIONS].detach().clone(), labels[:MEASURED_POSITIONS].clone()
+        return VocabularyHead.mean_loss(self.head, states, labels)
+
+    def forget(self) -> None:
+        del self.head.mean_loss
+
+    def measure(self) -> list[GroupError]:
+        """The error, if there was a loss; int8 is kept within bounds."""
+        if self._seen is None or not self.head.can_quantise:
+            return []
+        exact = self._results(*self._seen)
+        self.head.quantise()
+        output, gradient = map(cosine, self._results(*self._seen), exact)
+        error = GroupError(self.layer, HEAD, output, gradient)
+        if not error.is_within_bounds:
+            self.head.use_float32()
+        return [error]
+
+    def _results(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.cat(self.head.logits(states), 1)
+        return logits, self.head.losses_and_gradient(states, labels)[1]
+
+
 def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: bool) -> list[GroupError]:
     """Let every group compute in int8 whose error in one pass stays within bounds; returns all errors.
 
@@ -91,8 +128,7 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
         run: one forward through the stack, and one backward where it trains, on a batch of real rows.
         has_backward: whether there is one.
     """
-    for group in stack.groups:
-        group.use_float32()
+    stack.use_float32()
     stack.fits()  # reads the adapters
     lowest = max(stack.trained or 0, stack.cache.layer if stack.cache is not None else 0)
     measured = [
@@ -101,6 +137,7 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
         if number >= lowest
         for group in layer.groups
     ]
+    head = None if stack.head is None else _MeasuredHead(len(stack.layers), stack.head)
     try:
         run()
         for one in measured:
@@ -108,7 +145,9 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
     finally:
         for one in measured:
             one.forget()
-    return [one.error for one in measured]
+        if head is not None:
+            head.forget()
+    return [one.error for one in measured] + ([] if head is None else head.measure())
 
 
 def _error_of(layer: int, group: LinearGroup, inputs: Tensor, gradient: Tensor | None) -> GroupError:

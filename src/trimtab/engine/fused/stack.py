@@ -20,6 +20,7 @@ from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want
 from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, values_of
 from trimtab.engine.fused.linears import Kernels, NotPlainError
 from trimtab.engine.fused.prefix_cache import Prefix, PrefixCache
+from trimtab.engine.fused.vocabulary import VocabularyHead
 from trimtab.engine.mixed import current_mix
 
 
@@ -32,6 +33,7 @@ class LayerStack:
         self.layers = layers
         self.kernels = kernels
         self.groups = [group for layer in layers for group in layer.groups]
+        self.head: VocabularyHead | None = None  # where these are the layers of a language model
         self.is_on = True  # off while layers compute by themselves, in another number format
         self.trained: int | None = None
         self.cache: PrefixCache | None = None
@@ -66,6 +68,12 @@ class LayerStack:
         """Give back what the weights were laid out in; it is made again where a forward needs it."""
         for group in self.groups:
             group.weight = group.weight._replace(tiles=None)
+
+    def use_float32(self) -> None:
+        for group in self.groups:
+            group.use_float32()
+        if self.head is not None:
+            self.head.use_float32()
 
     def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""

@@ -1,4 +1,4 @@
-"""How fast frozen layers multiply on this machine: a middle-sized layer, forward and backward, as training does."""
+"""How fast this machine runs frozen layers: their products, forward and backward, and what is between them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ Product = Literal["stock", "float32", "int8", "8bit", "4bit"]
 _TOKENS, _INNER, _OUTER = 512, 576, 1536
 
 
+# Buffers that values go through one after the other, more than caches hold.
+_BUFFERS = 32
 # A forward and its backward: what enters [tokens, inner] and the gradient [tokens, outer] -> output, input gradient.
 Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -30,6 +32,17 @@ def measure_rate(product: Product) -> float:
     run = build_pass(product, torch.randn(_OUTER, _INNER))
     values, grad = torch.randn(_TOKENS, _INNER), torch.randn(_TOKENS, _OUTER)
     return 4 * _TOKENS * _INNER * _OUTER / median_seconds(partial(run, values, grad)) / 1e9
+
+
+def measure_elementwise_seconds() -> float:
+    """Of one value through a sigmoid, read from memory and written there."""
+    values, results = (torch.randn(_BUFFERS, _TOKENS, _OUTER) for _ in range(2))
+
+    def run() -> None:
+        for source, target in zip(values, results, strict=True):
+            torch.sigmoid(source, out=target)
+
+    return median_seconds(run) / values.numel()
 
 
 def build_pass(product: Product, weight: Tensor) -> Pass:

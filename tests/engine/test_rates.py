@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from trimtab.engine.product_rates import build_pass, measure_rate
+from trimtab.engine.rates import build_pass, measure_rate
 
 # How near to torch's product: formats of 8 and 4 bits round weights, and int8 ones rows, too.
 NEAR = {"stock": 1 - 1e-6, "float32": 1 - 1e-6, "int8": 0.999, "8bit": 0.999, "4bit": 0.99}

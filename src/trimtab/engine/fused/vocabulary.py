@@ -1,0 +1,146 @@
+"""Cross-entropy over a language model's frozen head by the kernels, a slice of the vocabulary at a time.
+
+A slice's logits stay in the cache while they are looked at, and its weight in a product's panels. The plain twin is
+`tasks.token_loss.Readout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trimtab.engine.fused.formats import Want, Weight, quantise_weight
+from trimtab.engine.fused.linears import Kernels
+from trimtab.engine.memory import give_back_mapped_pages
+from trimtab.tasks.token_loss import Readout, chunk_positions
+
+# Tokens of the vocabulary in a slice: the rounded panel of one takes 256 KiB.
+_SLICE = 4096
+
+
+class VocabularyHead:
+    """logits = states weight^T with a weight [vocabulary, hidden] that never trains, in float32 or in int8."""
+
+    def __init__(self, weight: Tensor, kernels: Kernels) -> None:
+        self.weight = weight.detach()
+        self.kernels = kernels
+        self.is_int8 = False
+        self._slices: list[Weight] = []
+        self._buffer = torch.empty(0)
+
+    def serves(self, readout: Readout) -> bool:
+        """Whether this is all that the model's head does, as it stands."""
+        is_this = readout.weight.data_ptr() == self.weight.data_ptr() and not readout.weight.requires_grad
+        does_more = (readout.bias, readout.softcap, readout.adapted) != (None, None, None) or readout.scale != 1.0
+        return is_this and not does_more and not torch.is_autocast_enabled("cpu")
+
+    @property
+    def can_quantise(self) -> bool:
+        return not any(side % 4 for side in self.weight.shape)
+
+    def quantise(self) -> None:
+        """Compute with int8 from now on: a scale for each token of the vocabulary, and one for each row."""
+        self.is_int8 = True
+        self.release()
+
+    def use_float32(self) -> None:
+        if self.is_int8:
+            self.is_int8 = False
+            self.release()
+
+    def release(self) -> None:
+        """Give back what the weight was laid out in, and the room for logits."""
+        self._slices, self._buffer = [], torch.empty(0)
+
+    def mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
+        if not (torch.is_grad_enabled() and states.requires_grad):
+            return self.losses(states, labels)[0].mean()
+        loss: Tensor = _MeanLoss.apply(states, self, labels)  # type: ignore[no-untyped-call]
+        return loss
+
+    @torch.no_grad()
+    def losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each position, and whether its likeliest token is the true one; both [positions]."""
+        found = [self._normalise(self.logits(part), wanted)[:2] for part, wanted in self._chunks(states, labels)]
+        losses, hits = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(hits)
+
+    def losses_and_gradient(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each position, and the gradient [positions, hidden] of their sum."""
+        losses, gradients = [], []
+        for part, wanted in self._chunks(states, labels):
+            slices = self.logits(part)
+            loss, _, total = self._normalise(slices, wanted)
+            losses.append(loss)
+            gradients.append(self._gradient(slices, total, wanted))
+        return torch.cat(losses), torch.cat(gradients)
+
+    def logits(self, states: Tensor) -> list[Tensor]:
+        """Of each slice, [positions, tokens of the slice], in a room that the next call writes to again.
+
+        `states` are as many as `chunk_positions` says, at most.
+        """
+        if not self._slices:
+            self._lay_out()
+        rows = self.kernels.rows_of(states.contiguous(), Want(not self.is_int8, self.is_int8))
+        found, start = [], 0
+        for weight in self._slices:
+            stop = start + len(states) * weight.shape[0]
+            out = self._buffer[start:stop].view(len(states), -1)
+            found.append(self.kernels.linear(rows, weight, out=out))
+            start = stop
+        return found
+
+    def _chunks(self, states: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        size = chunk_positions(len(self.weight))
+        return zip(torch.split(states, size), torch.split(labels, size), strict=True)
+
+    def _lay_out(self) -> None:
+        for part in torch.split(self.weight, _SLICE):
+            if self.is_int8:
+                self._slices.append(Weight((part,), int8=quantise_weight(part)))
+            else:
+                self._slices.append(Weight((part,), tiles=self.kernels.lay_out(part)))
+        give_back_mapped_pages(self.weight)
+        with torch.inference_mode(False):  # whoever asks first, training can write to it, too
+            self._buffer = torch.empty(chunk_positions(len(self.weight)) * len(self.weight))
+
+    def _normalise(self, slices: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, hits, and each position's sum of what the logits become in their place: exp(logit - highest)."""
+        highest = torch.stack([part.amax(1) for part in slices]).amax(0)
+        of_labels, total = torch.empty_like(highest), torch.zeros_like(highest)
+        for number, part in enumerate(slices):
+            inside = (labels // _SLICE == number).nonzero().squeeze(1)
+            of_labels[inside] = part[inside, labels[inside] % _SLICE]
+            total += part.sub_(highest.unsqueeze(1)).exp_().sum(1)
+        return total.log() + (highest - of_labels), of_labels == highest, total
+
+    def _gradient(self, slices: list[Tensor], total: Tensor, labels: Tensor) -> Tensor:
+        """(softmax - truth) weight; the truth apart, since in int8 all others would be small beside it."""
+        gradient: Tensor | None = None
+        for part, weight in zip(slices, self._slices, strict=True):
+            scale = weight.int8.column_scale if weight.int8 is not None else None
+            rows = self.kernels.rows_of(part, Want(not self.is_int8, self.is_int8, scale))
+            gradient = self.kernels.linear_backward(rows, weight, gradient, out=gradient)
+        assert gradient is not None
+        return gradient.div_(total.unsqueeze(1)).sub_(self.weight.index_select(0, labels))
+
+
+class _MeanLoss(torch.autograd.Function):
+    """The states' gradient is taken while their logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: VocabularyHead, labels: Tensor) -> Tensor:
+        losses, gradient = head.losses_and_gradient(states, labels)
+        ctx.save_for_backward(gradient.div_(len(states)))
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * grad, None, None
