@@ -33,9 +33,10 @@ from trimtab.sources import locate_model
 from trimtab.study_config import StudyConfig, build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import EncodedRows
-from trimtab.tuning import cached_prefix, free_memory, run_loop, start_head_at_probe
+from trimtab.tuning import cached_prefix, choose_checkpointing, free_memory, run_loop, start_head_at_probe
 
 WARM_UP_STEPS = 3
+CONTENDERS = ("trimtab", "trimtab-int8", "trimtab-int8-checkpointed", "dynamic", "grouped")
 
 
 def say(**figures: Any) -> None:
@@ -77,7 +78,8 @@ def make_study(arguments: argparse.Namespace) -> StudyConfig:
             "evaluations_per_epoch": 4,
             "early_stopping_patience": 100,
             "seed": arguments.seed,
-            "precision": "int8" if arguments.contender == "trimtab-int8" else "float32",
+            "precision": "int8" if "int8" in arguments.contender else "float32",
+            "gradient_checkpointing": "on" if arguments.contender.endswith("checkpointed") else "off",
         }
     )
 
@@ -112,6 +114,7 @@ class TrimtabContender:
         budget = round((self.batch_rows + 0.5) * mean_length(self.train))
         self.plan = TrainingPlan(self.scorer.collator(self.train), budget, self.study.seed, self.study.num_train_epochs)
         set_adapter_training(self.peft_model, True)
+        choose_checkpointing(self.study, self.scorer, self.train, self.plan, Silent())
         batch = self.scorer.first_batch(self.train)
         use_precision(self.precision, self.scorer.task, self.scorer.choice.forward, batch, Silent(), training=True)
         free_memory(self.peft_model)
@@ -299,7 +302,7 @@ class TrainerContender:
 def make_parser() -> argparse.ArgumentParser:
     """What a contender is told; `make_study` reads it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("contender", choices=["trimtab", "trimtab-int8", "dynamic", "grouped"])
+    parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("work", choices=["train", "evaluate", "learn"])
     parser.add_argument("--model", default="starter:minilm-l6")
     parser.add_argument("--seed", type=int, default=0)

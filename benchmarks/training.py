@@ -90,7 +90,7 @@ def measure_throughput(model: str, work: str, turns: int, names: Sequence[str], 
         "windows": rates,
     }
     found["ratios"] = {}
-    for one, other in itertools.product(set(rates) & set(OURS), set(rates) & set(PEERS)):
+    for one, other in itertools.product(set(rates) - set(PEERS), set(rates) & set(PEERS)):
         ratios = [ours / theirs for ours, theirs in zip(rates[one], rates[other], strict=True)]
         found["ratios"][f"{one} to {other}"] = {"median": statistics.median(ratios), "windows": ratios}
     return found

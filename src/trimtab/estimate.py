@@ -38,8 +38,8 @@ _TRAIN_OVERHEAD, _SCORE_OVERHEAD = 53.0, 16.0
 _SLOWER = {"fused": 1.0, "packed": 2.2, "padded": 7.0}
 # How much more transformers' and peft's own layers keep of a token than fused ones.
 _KEPT = {"fused": 1.0, "packed": 2.7, "padded": 1.4}
-# Chunks that a language model holds: logits and probabilities.
-_LOGIT_BUFFERS = 2
+# Passes over logits that a loss takes, in sigmoids.
+_LOSS_PASSES = 3.0
 # Starting a process and loading the libraries; loading and probing a base, a byte; fitting a probe.
 _START_SECONDS, _LOAD_SECONDS_PER_BYTE, _FIT_SECONDS = 9.0, 6e-9, 4.0
 # Tokens of the batch on which int8 is measured.
@@ -81,6 +81,7 @@ class _Sizes:
     inner: int
     linear: int  # parameters in the layers' linears
     vocabulary: int
+    readout: int  # parameters of a language model's head; 0 where the task has a head of its own
 
 
 class _Texts(NamedTuple):
@@ -105,7 +106,7 @@ def estimate_job(job: Job) -> Estimate:
     new_modules = find_new_modules(job.source, model)
     stack = build_stack(backbone_of(model), native) if native.is_available() and study.quantize == "none" else None
     head_only = get_method(study.method).trains_head_only
-    sizes = _sizes_of(model, [] if head_only else find_layers(model, study.layers_to_transform))
+    sizes = _sizes_of(model, [] if head_only else find_layers(model, study.layers_to_transform), task.has_probe)
     peft_model = check_method(lambda: first.pop() if first else build(), study, new_modules)
     if peft_model is None:
         raise MethodError(
@@ -118,7 +119,9 @@ def estimate_job(job: Job) -> Estimate:
     encoded = job.encoded
     tokens = {split: getattr(encoded, split).tokens for split in ("train", "validation", "test")}
     adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model, new_modules))
-    memory = _memory(job, sizes, trainable, total, forward, _measure_texts(encoded.train))
+    memory = _memory(job, sizes, trainable, total, stack is not None, forward, _measure_texts(encoded.train))
+    if _trains_tokens(peft_model):  # peft writes them into a copy of all embeddings, whose gradient is as large
+        memory["activations"] += 8 * sizes.vocabulary * sizes.hidden
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
     return Estimate(
@@ -143,14 +146,15 @@ def describe(estimate: Estimate) -> dict[str, Any]:
     return asdict(estimate)
 
 
-def _sizes_of(model: Any, layers: list[int] | None) -> _Sizes:
+def _sizes_of(model: Any, layers: list[int] | None, has_probe: bool) -> _Sizes:
     config = model.config.get_text_config()
     linears = [module for module in backbone_of(model).modules() if is_linear(module)]
     inner = max(max(module.weight.shape) for module in linears)
     count = config.num_hidden_layers
     trained = count if layers is None else count - layers[0] if layers else 0
     linear = sum(module.weight.numel() for module in linears)
-    return _Sizes(count, trained, config.hidden_size, inner, linear, config.vocab_size)
+    readout = 0 if has_probe else config.vocab_size * config.hidden_size
+    return _Sizes(count, trained, config.hidden_size, inner, linear, config.vocab_size, readout)
 
 
 def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
@@ -171,12 +175,21 @@ def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
     return int(heads + held)
 
 
+def _trains_tokens(peft_model: Any) -> bool:
+    config = getattr(peft_model, "active_peft_config", None)
+    return (
+        bool(getattr(config, "trainable_token_indices", None)) or getattr(config, "peft_type", "") == "TRAINABLE_TOKENS"
+    )
+
+
 def _measure_texts(encoded: EncodedRows) -> _Texts:
     lengths = Collator(encoded.examples, True, 0, 0, encoded.together).lengths
     return _Texts(encoded.tokens, lengths[0], max(lengths))
 
 
-def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, train: _Texts) -> dict[str, int]:
+def _memory(
+    job: Job, sizes: _Sizes, trainable: int, total: int, has_stack: bool, forward: str, train: _Texts
+) -> dict[str, int]:
     study = job.study
     budget = study.tokens_per_batch // study.gradient_accumulation_steps
     tokens = min(max(budget, train.longest), train.tokens) + virtual_tokens_of(study) * 16
@@ -188,14 +201,15 @@ def _memory(job: Job, sizes: _Sizes, trainable: int, total: int, forward: str, t
     if forward == "fused":
         # Pages of mapped weights go back, but those of a language model are read again to write its samples.
         goes_back = _is_mapped(job.source) and job.task.has_probe
-        linear, copies = 0.0 if goes_back else linear, 4.0 * sizes.linear
+        linear, copies = 0.0 if goes_back else linear, 4.0 * (sizes.linear + sizes.readout)
         if _computes_in_int8(study):  # measured beside float32 on a few rows; then trained without that
             several = max(min(_MEASURED_TOKENS, train.tokens), train.first)  # one text or block, at least
-            measured, trained = (6.0 * sizes.linear, per_token * several), (2.0 * sizes.linear, batch)
+            measured = 6.0 * sizes.linear + 4.0 * sizes.readout, per_token * several
+            trained = 2.0 * (sizes.linear + sizes.readout), batch
             copies, batch = max(measured, trained, key=sum)
-    vocabulary = (
-        4 * _LOGIT_BUFFERS * chunk_positions(sizes.vocabulary) * sizes.vocabulary if not job.task.has_probe else 0
-    )
+    # Logits of a chunk; beside kernels of ours probabilities, too.
+    rooms = (1 if has_stack else 2) if sizes.readout else 0
+    vocabulary = 4 * rooms * chunk_positions(sizes.vocabulary) * sizes.vocabulary
     vectors = _TEXT_BYTES * train.tokens * _text_columns(job)
     give_back_freed_memory()  # what reading the data has left
     return {
@@ -238,20 +252,24 @@ def _seconds(
     stock = measure_rate("stock")
     real = stock if study.quantize == "none" and not has_stack else measure_rate(_scoring_product(study))
     whole = max(real, measure_rate("int8")) if _computes_in_int8(study) else real
-    units = sizes.layers * sizes.hidden * measure_elementwise_seconds()
+    value = measure_elementwise_seconds()
+    units = sizes.layers * sizes.hidden * value
     scoring_path = "fused" if has_stack else "packed"
+    losses = _LOSS_PASSES * value * (sizes.vocabulary if sizes.readout else 0)
 
-    # A language model's head is multiplied in torch's float32, once to score and once more for its gradient.
-    readout = 0.0 if job.task.has_probe else 2e-9 * sizes.vocabulary * sizes.hidden / stock
+    def read_out(rate: float) -> float:
+        """Seconds a token of a language model's head, in one direction."""
+        return 2e-9 * sizes.readout / (rate if has_stack else stock)
 
     def score(rate: float, path: str) -> float:
         """Seconds a token."""
-        return 2e-9 * sizes.linear / rate + readout + _SCORE_OVERHEAD * units * _SLOWER[path]
+        return 2e-9 * sizes.linear / rate + read_out(rate) + losses + _SCORE_OVERHEAD * units * _SLOWER[path]
 
     backward = sizes.trained_layers / sizes.layers
     # A weight that is trained takes a product more, for its own gradient.
     products_a_step = 1 + backward * (2 if study.method == "full" else 1)
-    step = 2e-9 * sizes.linear / whole * products_a_step + 2 * readout + _TRAIN_OVERHEAD * units * _SLOWER[forward]
+    products = 2e-9 * sizes.linear / whole * products_a_step + 2 * read_out(whole)
+    step = products + losses + _TRAIN_OVERHEAD * units * _SLOWER[forward]
     validations = study.num_train_epochs * study.evaluations_per_epoch + 1
     rest = tokens["train"] + tokens["validation"]
     load = _LOAD_SECONDS_PER_BYTE * 4 * total

@@ -15,6 +15,7 @@ from trimtab.engine.fused.stack import LayerStack
 from trimtab.evaluation.unlabelled import SAY, Record
 from trimtab.precision import use_float32
 from trimtab.progress import Progress
+from trimtab.tasks.examples import EncodedRows
 
 # Rows that are computed in both formats to begin with.
 _MEASURED_ROWS = 256
@@ -37,11 +38,12 @@ class QuickLabels:
         self.rows = self.again = 0
         measured = first_rows[:_MEASURED_ROWS]
         use_float32(adapter.scorer.choice.forward)
-        exact = self._score(measured)
+        encoded = adapter.scorer.encode(measured)
+        exact = self._score(encoded)
         self._exact = self._weights()
         adapter.compute_in("int8", measured, progress)
         self._rounded = self._weights()
-        errors = self._score(measured) - exact
+        errors = self._score(encoded) - exact
         self.bound = float((errors.amax(1) - errors.amin(1)).max())
         progress.note(f"logits apart by {self.bound:.3f} or less in int8 are computed anew in float32")
 
@@ -56,20 +58,19 @@ class QuickLabels:
         """As `LoadedAdapter.predict_rows`."""
         task, encoded = self.adapter.scorer.task, self.adapter.scorer.encode(rows)
         self._use(self._rounded)
-        outputs = self.adapter.scorer.score(encoded).outputs
+        outputs = self._score(encoded)
         likeliest = outputs.topk(2, dim=1).values
         unsure = (likeliest[:, 0] - likeliest[:, 1] <= self.bound).nonzero().squeeze(1)
         self.rows += len(rows)
         self.again += len(unsure)
         self._use(self._exact)  # and so they stay for whoever comes next
         if len(unsure):
-            outputs[unsure] = self._score([rows[place] for place in unsure.tolist()])
+            outputs[unsure] = self._score(encoded.take(unsure.tolist()))
             self._exact = self._weights()  # what a layer's first product in float32 laid out
         return SAY[task.name](outputs, encoded, rows, self.adapter.label_names)
 
-    def _score(self, rows: Sequence[Row]) -> Tensor:
-        scorer = self.adapter.scorer
-        return scorer.score(scorer.encode(rows)).outputs
+    def _score(self, encoded: EncodedRows) -> Tensor:
+        return self.adapter.scorer.score(encoded).outputs
 
     def _weights(self) -> list[Weight]:
         return [group.weight for group in self.groups]

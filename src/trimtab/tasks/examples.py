@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -63,6 +64,10 @@ class EncodedRows:
         first = max(self.rows, default=-1) + 1
         rows = [*self.rows, *(first + row for row in other.rows)]
         return EncodedRows([*self.examples, *other.examples], rows, self.truncated + other.truncated, self.together)
+
+    def take(self, places: Sequence[int]) -> EncodedRows:
+        """The rows `places`, of data with an example a row."""
+        return EncodedRows([self.examples[place] for place in places], list(range(len(places))), self.truncated)
 
     def first(self, rows: int) -> EncodedRows:
         """The examples of the first `rows` rows."""

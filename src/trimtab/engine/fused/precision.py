@@ -138,6 +138,8 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
         for group in layer.groups
     ]
     head = None if stack.head is None else _MeasuredHead(len(stack.layers), stack.head)
+    # While there are weights in both formats, there is no need for all that the layers compute.
+    checkpointing, stack.checkpointing = stack.checkpointing, True
     try:
         run()
         for one in measured:
@@ -147,6 +149,7 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
             one.forget()
         if head is not None:
             head.forget()
+        stack.checkpointing = checkpointing
     return [one.error for one in measured] + ([] if head is None else head.measure())
 
 

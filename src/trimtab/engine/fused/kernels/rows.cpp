@@ -47,13 +47,13 @@ void store(const Want& w, int64_t t, int64_t n, float* __restrict row) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// Standard normal distribution function by Abramowitz and Stegun, formula 7.1.26 (error below 1.5e-7).
-inline float normal_cdf(float x) {
+// Standard normal distribution function by Abramowitz and Stegun, formula 7.1.26 (error below 1.5e-7); bell = exp(-x^2 / 2).
+inline float normal_cdf(float x, float bell) {
   const float z = std::fabs(x) * 0.70710678f;
   const float t = 1.0f / (1.0f + 0.3275911f * z);
   const float tail =
       t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f)))) *
-      exponential(-z * z) * 0.5f;
+      bell * 0.5f;
   return x < 0 ? tail : 1.0f - tail;
 }
 
@@ -199,7 +199,7 @@ void gelu(const float* inner, int64_t tokens, int64_t n, Want want) {
     float* row = buffer.data();
     EACH_TOKEN {
       const float* x = inner + t * n;
-      for (int64_t i = 0; i < n; i++) row[i] = x[i] * normal_cdf(x[i]);
+      for (int64_t i = 0; i < n; i++) row[i] = x[i] * normal_cdf(x[i], exponential(-0.5f * x[i] * x[i]));
       store(want, t, n, row);
     }
   }
@@ -212,8 +212,8 @@ void gelu_backward(const float* grad, const float* inner, int64_t tokens, int64_
     EACH_TOKEN {
       const float *g = grad + t * n, *inner_row = inner + t * n;
       for (int64_t i = 0; i < n; i++) {
-        const float x = inner_row[i];
-        row[i] = g[i] * (normal_cdf(x) + x * 0.39894228f * exponential(-0.5f * x * x));
+        const float x = inner_row[i], bell = exponential(-0.5f * x * x);
+        row[i] = g[i] * (normal_cdf(x, bell) + x * 0.39894228f * bell);
       }
       store(want, t, n, row);
     }
