@@ -125,10 +125,10 @@ def test_chunks_give_what_all_logits_give(scale, softcap, with_bias):
         return loss.detach(), torch.autograd.grad(3.0 * loss, states)[0]
 
     expected = results(F.cross_entropy(readout.logits(states), labels))
-    found = results(readout.mean_loss(states, labels))
+    found = results(readout.learnt_losses(states, labels).mean())
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     trained = readout._replace(weight=weight.clone().requires_grad_())
-    torch.testing.assert_close(results(trained.mean_loss(states, labels)), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(results(trained.learnt_losses(states, labels).mean()), expected, atol=1e-6, rtol=1e-5)
     losses, hits = readout.losses(states.detach(), labels)
     torch.testing.assert_close(losses.mean(), expected[0])
     assert torch.equal(hits, readout.logits(states).argmax(-1) == labels)
@@ -139,7 +139,7 @@ def test_what_was_scored_first_can_be_trained():
     states, labels = torch.randn(5, 4), torch.arange(5)
     with torch.inference_mode():
         losses, _ = readout.losses(states, labels)
-    loss = readout.mean_loss(states.requires_grad_(), labels)
+    loss = readout.learnt_losses(states.requires_grad_(), labels).mean()
     loss.backward()
     torch.testing.assert_close(loss.detach(), losses.mean().clone())
     assert states.grad is not None
@@ -156,7 +156,7 @@ def test_a_larger_vocabulary_takes_shorter_chunks(vocabulary, positions):
 def test_a_truth_that_is_next_to_impossible_has_its_loss():
     states = torch.tensor([[200.0, 0.0], [0.0, 1.0]]).requires_grad_()
     readout, labels = Readout(torch.eye(2), None, 1.0, None), torch.tensor([1, 1])
-    loss = readout.mean_loss(states, labels)
+    loss = readout.learnt_losses(states, labels).mean()
     torch.testing.assert_close(loss, F.cross_entropy(states, labels))
     assert torch.isfinite(torch.autograd.grad(loss, states)[0]).all()
 

@@ -20,7 +20,7 @@ class NextToken:
         return {}
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        return forward.head().mean_loss(forward.states(batch), batch.labels)
+        return forward.head().learnt_losses(forward.states(batch), batch.labels).mean()
 
     def outputs(self, forward: Forward, batch: Batch) -> Tensor:
         """[positions, 2]: loss in nats, and 1 where the likeliest token is the true one."""

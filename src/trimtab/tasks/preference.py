@@ -18,8 +18,6 @@ from trimtab.data import Row
 from trimtab.errors import RowError
 from trimtab.tasks.causal_lm import CausalLM
 from trimtab.tasks.examples import Batch, EncodedRows, Forward
-from trimtab.tasks.heads import readout_of
-from trimtab.tasks.token_loss import learnt_token_losses
 
 # Each row is two examples, the chosen answer before the rejected one.
 _ANSWERS = 2
@@ -55,7 +53,7 @@ class Preference(CausalLM):
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Mean over the batch's pairs."""
-        losses = learnt_token_losses(readout_of(forward.model), forward.states(batch), batch.labels)
+        losses = forward.head().learnt_losses(forward.states(batch), batch.labels)
         texts = torch.repeat_interleave(torch.tensor(batch.positions_by_text, device=losses.device))
         sums = losses.new_zeros(len(batch.rows)).index_add(0, texts, -losses)
         assert batch.references is not None

@@ -26,12 +26,12 @@ _SMALLEST = 1e-30
 class LanguageHead(Protocol):
     """What tasks ask of a language model's head: the losses, in nats, of `labels` given `states`."""
 
-    def mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Their mean, with a graph where the states have one."""
+    def learnt_losses(self, states: Tensor, labels: Tensor) -> Tensor:
+        """[positions], with a graph where the states have one."""
         ...
 
     def losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Each, and whether the likeliest token is the true one; both [positions], without gradients."""
+        """The same, and whether the likeliest token is the true one; both [positions], without gradients."""
         ...
 
 
@@ -62,13 +62,19 @@ class Readout(NamedTuple):
             out *= self.scale
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
+    def learnt_losses(self, states: Tensor, labels: Tensor) -> Tensor:
+        """[positions], in nats: -log p(`labels` [positions] given `states` [positions, hidden]), with a graph."""
         is_frozen = self.adapted is None and not (self.weight.requires_grad or _trains(self.bias))
         if states.requires_grad and is_frozen:
             frozen: Tensor = _FrozenReadout.apply(states, self, labels)  # type: ignore[no-untyped-call]
             return frozen
-        return learnt_token_losses(self, states, labels).sum() / len(labels)
+        size = chunk_positions(len(self.weight))
+        chunks = zip(torch.split(states, size), torch.split(labels, size), strict=True)
+        return torch.cat([checkpoint(self._losses_of, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _losses_of(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Of a chunk, whose logits are computed again for the backward."""
+        return F.cross_entropy(self.logits(states).float(), labels, reduction="none")
 
     @torch.no_grad()
     def losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,17 +92,6 @@ class Readout(NamedTuple):
 def chunk_positions(vocabulary: int) -> int:
     """Positions whose logits are held at once."""
     return max(_FEWEST_POSITIONS, min(_MOST_POSITIONS, _CHUNK_LOGITS // vocabulary))
-
-
-def learnt_token_losses(readout: Readout, states: Tensor, labels: Tensor) -> Tensor:
-    """Loss of each position [positions], with a graph; each chunk's logits are computed again for the backward."""
-
-    def of_chunk(part: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(readout.logits(part).float(), wanted, reduction="none")
-
-    size = chunk_positions(len(readout.weight))
-    chunks = zip(torch.split(states, size), torch.split(labels, size), strict=True)
-    return torch.cat([checkpoint(of_chunk, part, wanted, use_reentrant=False) for part, wanted in chunks])
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,25 +114,25 @@ class _FrozenReadout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, readout: Readout, labels: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        losses = []
         grad = torch.empty_like(states)
         logits_buffer, probabilities_buffer = _chunk_buffers(len(readout.weight), states.device)
         for start in range(0, len(states), len(logits_buffer)):
             part = slice(start, start + len(logits_buffer))
             logits, wanted = readout.write_logits(states[part], logits_buffer), labels[part].unsqueeze(1)
             by_logits = torch.softmax(logits, -1, out=probabilities_buffer[: len(logits)])
-            total += _losses(logits, by_logits, wanted).sum()
+            losses.append(_losses(logits, by_logits, wanted))
             by_logits.scatter_add_(1, wanted, by_logits.new_full(wanted.shape, -1.0))
             if readout.softcap is not None:
                 by_logits *= 1.0 - (logits / readout.softcap).square_()
             torch.mm(by_logits.to(readout.weight.dtype), readout.weight, out=grad[part])
-        ctx.save_for_backward(grad.mul_(readout.scale / len(states)))
-        return total / len(states)
+        ctx.save_for_backward(grad.mul_(readout.scale))
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0] * grad, None, None
+        return ctx.saved_tensors[0] * grad.unsqueeze(1), None, None
 
 
 def _losses(logits: Tensor, probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -93,14 +93,14 @@ class _MeasuredHead:
     def __init__(self, layer: int, head: VocabularyHead) -> None:
         self.layer, self.head = layer, head
         self._seen: tuple[Tensor, Tensor] | None = None
-        head.mean_loss = self._mean_loss  # type: ignore[method-assign]
+        head.learnt_losses = self._learnt_losses  # type: ignore[method-assign]
 
-    def _mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+    def _learnt_losses(self, states: Tensor, labels: Tensor) -> Tensor:
         self._seen = states[:MEASURED_POSITIONS].detach().clone(), labels[:MEASURED_POSITIONS].clone()
-        return VocabularyHead.mean_loss(self.head, states, labels)
+        return VocabularyHead.learnt_losses(self.head, states, labels)
 
     def forget(self) -> None:
-        del self.head.mean_loss
+        del self.head.learnt_losses
 
     def measure(self) -> list[GroupError]:
         """The error, if there was a loss; int8 is kept within bounds."""

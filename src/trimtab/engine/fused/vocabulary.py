@@ -56,12 +56,12 @@ class VocabularyHead:
         """Give back what the weight was laid out in, and the room for logits."""
         self._slices, self._buffer = [], torch.empty(0)
 
-    def mean_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Mean negative log-likelihood, in nats, of `labels` [positions] given `states` [positions, hidden]."""
+    def learnt_losses(self, states: Tensor, labels: Tensor) -> Tensor:
+        """[positions], in nats: -log p(`labels` [positions] given `states` [positions, hidden]), with a graph."""
         if not (torch.is_grad_enabled() and states.requires_grad):
-            return self.losses(states, labels)[0].mean()
-        loss: Tensor = _MeanLoss.apply(states, self, labels)  # type: ignore[no-untyped-call]
-        return loss
+            return self.losses(states, labels)[0]
+        losses: Tensor = _LearntLosses.apply(states, self, labels)  # type: ignore[no-untyped-call]
+        return losses
 
     @torch.no_grad()
     def losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,16 +131,16 @@ class VocabularyHead:
         return gradient.div_(total.unsqueeze(1)).sub_(self.weight.index_select(0, labels))
 
 
-class _MeanLoss(torch.autograd.Function):
+class _LearntLosses(torch.autograd.Function):
     """The states' gradient is taken while their logits are there."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, head: VocabularyHead, labels: Tensor) -> Tensor:
         losses, gradient = head.losses_and_gradient(states, labels)
-        ctx.save_for_backward(gradient.div_(len(states)))
-        return losses.mean()
+        ctx.save_for_backward(gradient)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0] * grad, None, None
+        return ctx.saved_tensors[0] * grad.unsqueeze(1), None, None
