@@ -10,10 +10,8 @@ from trimtab.engine.batches import Batch
 from trimtab.engine.forward import Forward, PackedForward
 from trimtab.engine.frozen import NumberFormat
 from trimtab.engine.fused import native
-from trimtab.engine.fused.linears import LinearGroup
-from trimtab.engine.fused.precision import HEAD, GroupError, quantise_stack
+from trimtab.engine.fused.precision import GroupError, quantise_stack
 from trimtab.engine.fused.stack import LayerStack
-from trimtab.engine.fused.vocabulary import VocabularyHead
 from trimtab.engine.lower_precision import linears_by_place, lower_linears, measure_gain
 from trimtab.engine.memory import give_back_freed_memory
 from trimtab.machine import INT8_PAYS
@@ -109,14 +107,10 @@ def use_trained_precision(forward: Forward, training: dict[str, Any]) -> bool:
     used = [(error.layer, error.group) for error in errors if error.is_within_bounds]
     stack = _stack_of(forward)
     if stack is not None and precision == "int8" and stack.fits():
-        groups: dict[tuple[int, str], LinearGroup | VocabularyHead] = {
-            (number, group.name): group for number, layer in enumerate(stack.layers) for group in layer.groups
-        }
-        if stack.head is not None:
-            groups[len(stack.layers), HEAD] = stack.head
-        if set(used) <= set(groups):
+        places = stack.places()
+        if set(used) <= set(places):
             for place in used:
-                groups[place].quantise()
+                places[place].quantise()
             return True
     layers = linears_by_place(forward.model)
     if not all(place in layers and layers[place].can_compute_in(precision) for place in used):

@@ -6,7 +6,6 @@ Each stage leaves its files in the run folder; a stage whose files are there is 
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,9 +17,9 @@ from trimtab.encoding import describe_encoded, encode_splits
 from trimtab.errors import SourceError, StudyError, TrainingError
 from trimtab.estimate import describe, estimate_job
 from trimtab.evaluation.comparison import compare_systems
-from trimtab.evaluation.evaluate import Scorer, make_scorer, read_record
+from trimtab.evaluation.evaluate import make_scorer, read_record
 from trimtab.evaluation.prediction_files import read_predictions
-from trimtab.job import EncodedSplits, Job
+from trimtab.job import Job
 from trimtab.machine import describe_machine, git_state, package_versions, set_threads
 from trimtab.methods import check_method, get_method, virtual_tokens_of
 from trimtab.models import build_without_weights, check_quantize, load_base, load_tokenizer, quiet_libraries
@@ -32,11 +31,10 @@ from trimtab.sources import ModelSource, fingerprint_files, fingerprint_model, l
 from trimtab.study_config import StudyConfig
 from trimtab.tasks import Task, get_task
 from trimtab.tasks.classification import Classification, balance_classes
-from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import final_linear, readout_of
-from trimtab.tasks.preference import Preference, log_probabilities, refer_to
+from trimtab.tasks.preference import Preference
 from trimtab.tasks.seq2seq import longest_target
-from trimtab.tuning import cached_prefix, tune
+from trimtab.tuning import cached_prefix, refer_splits, tune
 from trimtab.untuned import score_untuned, untuned_are_scored
 
 
@@ -169,22 +167,12 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
         with job.timed("base"):
             probe = score_untuned(job, scorer, encoded, precision)
         if isinstance(job.task, Preference):
-            encoded = refer_splits(job, scorer, encoded)
+            encoded = refer_splits(scorer, encoded, job.progress)
         if not trial.trained_logits.is_file():
             with job.timed("tune"):
                 tune(job.study, scorer, encoded, probe, precision, trial, facts, job.progress)
     with job.timed("reload and evaluate"):
         prove_reload(job.run, trial, job.progress)
-
-
-def refer_splits(job: Job, scorer: Scorer, encoded: EncodedSplits) -> EncodedSplits:
-    """What is learnt and validated on, with the log-probabilities that the base, still without adapter, gives it."""
-    job.progress.stage("Scoring the base: train and validation (the reference of the preferences)")
-
-    def refer(rows: EncodedRows) -> EncodedRows:
-        return refer_to(rows, log_probabilities(scorer.score(rows, job.progress).outputs, rows))
-
-    return replace(encoded, train=refer(encoded.train), validation=refer(encoded.validation))
 
 
 def compare_run(

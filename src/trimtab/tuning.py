@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -49,6 +50,7 @@ from trimtab.runs import TrialFolder, write_json, write_jsonl
 from trimtab.study_config import StudyConfig
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import backbone_of, final_linear
+from trimtab.tasks.preference import Preference, log_probabilities, refer_to
 
 
 def tune(
@@ -83,6 +85,10 @@ def tune(
     errors = use_precision(
         precision, scorer.task, scorer.choice.forward, scorer.first_batch(data.train), progress, training=True
     )
+    if errors and isinstance(scorer.task, Preference):
+        set_adapter_training(peft_model, False)
+        with peft_model.disable_adapter():  # rounding makes texts less likely, so both models have to round alike
+            data = refer_splits(scorer, data, progress)
     free_memory(peft_model)
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
@@ -108,6 +114,16 @@ def tune(
         )
     progress.stage("Scoring what was trained, to be held against its reload")
     save_logits(trial.trained_logits, scorer.score(data.test, progress).outputs)
+
+
+def refer_splits(scorer: Scorer, data: EncodedSplits, progress: Progress) -> EncodedSplits:
+    """What is learnt and validated on, with the log-probabilities that the base, without adapter, gives it as it is."""
+    progress.stage("Scoring the base: train and validation (the reference of the preferences)")
+
+    def refer(rows: EncodedRows) -> EncodedRows:
+        return refer_to(rows, log_probabilities(scorer.score(rows, progress).outputs, rows))
+
+    return replace(data, train=refer(data.train), validation=refer(data.validation))
 
 
 def free_memory(peft_model: Any) -> None:

@@ -14,10 +14,11 @@ from trimtab.data import Row
 from trimtab.engine.batches import Collator
 from trimtab.engine.forward import choose_forward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
+from trimtab.engine.fused import native
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import DataError
 from trimtab.methods import attach_adapter
-from trimtab.runs import RunFolder
+from trimtab.runs import RunFolder, read_json
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
@@ -235,6 +236,20 @@ def test_tuning_lowers_the_perplexity_of_held_out_texts(finished):
     assert contrast["verdict"] == "better"
     assert contrast["difference"] < 0
     assert comparison["reload"]["passed"]
+
+
+@pytest.mark.skipif(not native.has_int8(), reason="no int8 products")
+def test_a_run_in_int8_rounds_the_vocabulary_too(tmp_path, model_folder):
+    run_here(build_study(
+        {"model": str(model_folder("llama", "AutoModelForCausalLM")), "task": "causal_lm", "precision": "int8",
+         "train_data": str(write_tales(tmp_path / "tales.jsonl", 60)), "max_length_tokens": 16, "num_train_epochs": 1,
+         "out": str(tmp_path / "run")}
+    ))  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    errors = read_json(run.trial("lora", 0).training)["errors"]
+    assert errors[-1]["group"] == "vocabulary head"
+    tuned = next(system for system in run.systems() if system.name == "lora-s0")
+    assert read_json(tuned.metrics)["in_training_precision"]["precision"] == "int8"
 
 
 def test_stock_peft_gives_the_same_losses(finished):

@@ -1,6 +1,7 @@
 """Preference: rows, DPO's loss beside trl's, and a run that learns which answers are wanted."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -16,12 +17,13 @@ from trimtab.data import Row, prepare_data
 from trimtab.engine.batches import Collator, TrainingPlan
 from trimtab.engine.forward import PaddedForward, choose_forward, use_stock_attention
 from trimtab.engine.frozen import trainable_parameters
+from trimtab.engine.fused import native
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import DataError
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.progress import Silent
-from trimtab.runs import RunFolder, read_jsonl
+from trimtab.runs import RunFolder, read_json, read_jsonl
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.examples import EncodedRows, Example
@@ -223,6 +225,18 @@ def test_a_run_learns_what_is_preferred(finished):
     assert systems["answer-length"]["metrics"]["loss"]["value"] is None
     assert {contrast["test"] for contrast in comparison["contrasts"]} == {"mcnemar_exact"}
     assert comparison["reload"]["passed"]
+
+
+@pytest.mark.skipif(not native.has_int8(), reason="no int8 products")
+def test_in_int8_both_models_round_alike(tmp_path, model_folder):
+    run_here(build_study(
+        {"model": str(model_folder("llama", "AutoModelForCausalLM")), "task": "preference", "precision": "int8",
+         "train_data": str(write_rows(tmp_path / "rows.jsonl", make_rows(60))), "num_train_epochs": 1,
+         "max_length_tokens": 32, "out": str(tmp_path / "run")}
+    ))  # fmt: skip
+    trial = RunFolder(tmp_path / "run").trial("lora", 0)
+    assert read_json(trial.training)["precision"] == "int8"
+    assert next(read_jsonl(trial.history))["validation_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_combinations_are_scored_beside_the_base(finished, tmp_path):

@@ -29,7 +29,7 @@ from trimtab.tasks.heads import (
     pools_last_token,
     readout_of,
 )
-from trimtab.tasks.token_loss import LanguageHead
+from trimtab.tasks.token_loss import LanguageHead, Readout
 
 # Largest difference in logits between a packed and a lone text that counts as equal: of 1, or of the largest logit,
 # since language models' are in the tens.
@@ -276,13 +276,24 @@ def _fused_forward(model: Any, probe: Callable[[PackedForward], float]) -> Packe
     stack = build_stack(backbone_of(model), native)
     if stack is None:
         return None
-    if is_language_model(model):
-        stack.head = VocabularyHead(readout_of(model).weight, native)
     forward = PackedForward(model, stack)
     try:
+        if is_language_model(model):
+            stack.head = _vocabulary_head(readout_of(model))
         return forward if probe(forward) <= PROBE_TOLERANCE else None
     except (RuntimeError, AttributeError, TypeError):  # a build that looks known and is not
         return None
+
+
+def _vocabulary_head(readout: Readout) -> VocabularyHead | None:
+    """The language model's head by the kernels, if that gives the same losses."""
+    head = VocabularyHead(readout.weight, native)
+    if not head.serves(readout):
+        return None
+    states, labels = readout.weight.detach()[:8], torch.arange(8)
+    (ours, _), (stock, _) = head.losses(states, labels), readout.losses(states, labels)
+    difference = float((ours - stock).abs().max() / stock.abs().max().clamp_min(1.0))
+    return head if difference <= PROBE_TOLERANCE else None
 
 
 def _make_probe(

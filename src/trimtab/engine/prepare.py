@@ -11,6 +11,7 @@ from trimtab.engine.forward import Choice, EncoderDecoderForward, PackedForward,
 from trimtab.engine.frozen import freeze_linears
 from trimtab.engine.last_layer import limit_last_layer
 from trimtab.engine.lora import speed_up_lora
+from trimtab.tasks.heads import is_language_model
 
 
 def prepare_adapted(peft_model: Any, choice: Choice) -> Choice:
@@ -23,16 +24,22 @@ def prepare_adapted(peft_model: Any, choice: Choice) -> Choice:
     """
     config = getattr(peft_model, "active_peft_config", None)
     freeze_linears(peft_model)
+    stack = choice.forward.stack if isinstance(choice.forward, PackedForward) else None
     if config is not None and config.is_prompt_learning:
         model = peft_model.get_base_model()
+        if stack is not None:
+            stack.release()
+            stack.release_head()
         use_stock_attention(model)
         answers = model.config.is_encoder_decoder
         forward = EncoderDecoderForward(model, peft_model) if answers else PromptForward(peft_model)
         return Choice(forward, 0, "virtual tokens stand before each text")
     speed_up_lora(peft_model)
-    stack = choice.forward.stack if isinstance(choice.forward, PackedForward) else None
     if stack is not None and not stack.fits():
         stack.release()
     if isinstance(choice.forward, PackedForward):
-        choice.forward.limited = limit_last_layer(choice.forward.model)
+        model = choice.forward.model
+        if stack is not None and is_language_model(model) and choice.forward.head() is not stack.head:
+            stack.release_head()  # a head that is trained, or has an adapter
+        choice.forward.limited = limit_last_layer(model)
     return choice

@@ -19,10 +19,9 @@ from trimtab.models import keep_float32_products
 Product = Literal["stock", "float32", "int8", "8bit", "4bit"]
 # Tokens of a batch, and sides of the layer's weight.
 _TOKENS, _INNER, _OUTER = 512, 576, 1536
-
-
 # Buffers that values go through one after the other, more than caches hold.
 _BUFFERS = 32
+
 # A forward and its backward: what enters [tokens, inner] and the gradient [tokens, outer] -> output, input gradient.
 Pass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

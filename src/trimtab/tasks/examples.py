@@ -67,6 +67,7 @@ class EncodedRows:
 
     def take(self, places: Sequence[int]) -> EncodedRows:
         """The rows `places`, of data with an example a row."""
+        assert self.together == 1
         return EncodedRows([self.examples[place] for place in places], list(range(len(places))), self.truncated)
 
     def first(self, rows: int) -> EncodedRows:

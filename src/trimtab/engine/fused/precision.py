@@ -26,9 +26,7 @@ GRADIENT_COSINE = 0.99
 
 # Rows of a batch on which each group's error is measured; all groups' are held at once.
 MEASURED_ROWS = 256
-MEASURED_POSITIONS = 32  # of a language model's head, whose rows are as long as its vocabulary
-# Its name among the groups, behind the last layer.
-HEAD = "vocabulary"
+MEASURED_POSITIONS = 32  # of a language model's head, whose rows are as long as its vocabulary; all over the batch
 
 
 class GroupError(NamedTuple):
@@ -48,8 +46,9 @@ class GroupError(NamedTuple):
 class _Measured:
     """A group in one pass in float32, whose int8 is held against that as soon as all is seen that it computes from."""
 
-    def __init__(self, layer: int, group: LinearGroup, has_backward: bool) -> None:
+    def __init__(self, layer: int, group: LinearGroup, has_backward: bool, runs_again: bool) -> None:
         self.layer, self.group, self.has_backward = layer, group, has_backward
+        self._waits = runs_again  # for the forward that is run again right before the backward
         self.error = GroupError(layer, group.name, 0.0, None)
         self._inputs: Tensor | None = None
         # The instance's methods stand before the class's until `forget`.
@@ -57,6 +56,9 @@ class _Measured:
         group.backward = self._backward  # type: ignore[method-assign]
 
     def _forward(self, rows: Rows, addend: Tensor | None = None) -> Any:
+        if self._waits:
+            self._waits = False
+            return LinearGroup.forward(self.group, rows, addend)
         self._inputs = None if rows.values is None else rows.values[:MEASURED_ROWS].clone()
         found = LinearGroup.forward(self.group, rows, addend)
         if not self.has_backward:
@@ -90,17 +92,27 @@ class _Measured:
 class _MeasuredHead:
     """A language model's head in one pass in float32; its int8 is held against that afterwards, on a few rows."""
 
-    def __init__(self, layer: int, head: VocabularyHead) -> None:
-        self.layer, self.head = layer, head
+    def __init__(self, layer: int, head: VocabularyHead, has_backward: bool) -> None:
+        self.layer, self.head, self.has_backward = layer, head, has_backward
         self._seen: tuple[Tensor, Tensor] | None = None
+        # As with groups, the instance's methods stand before the class's.
         head.learnt_losses = self._learnt_losses  # type: ignore[method-assign]
+        head.losses = self._losses  # type: ignore[method-assign]
 
     def _learnt_losses(self, states: Tensor, labels: Tensor) -> Tensor:
-        self._seen = states[:MEASURED_POSITIONS].detach().clone(), labels[:MEASURED_POSITIONS].clone()
+        self._keep(states, labels)
         return VocabularyHead.learnt_losses(self.head, states, labels)
 
+    def _losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self._keep(states, labels)
+        return VocabularyHead.losses(self.head, states, labels)
+
+    def _keep(self, states: Tensor, labels: Tensor) -> None:
+        places = torch.linspace(0, len(labels) - 1, min(len(labels), MEASURED_POSITIONS)).long()
+        self._seen = states.detach()[places], labels[places]
+
     def forget(self) -> None:
-        del self.head.learnt_losses
+        del self.head.learnt_losses, self.head.losses
 
     def measure(self) -> list[GroupError]:
         """The error, if there was a loss; int8 is kept within bounds."""
@@ -109,13 +121,15 @@ class _MeasuredHead:
         exact = self._results(*self._seen)
         self.head.quantise()
         output, gradient = map(cosine, self._results(*self._seen), exact)
-        error = GroupError(self.layer, HEAD, output, gradient)
+        error = GroupError(self.layer, self.head.name, output, gradient if self.has_backward else None)
         if not error.is_within_bounds:
             self.head.use_float32()
         return [error]
 
     def _results(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, without what a row has in common, since that changes no probability; and the states' gradient."""
         logits = torch.cat(self.head.logits(states), 1)
+        logits -= logits.mean(1, keepdim=True)
         return logits, self.head.losses_and_gradient(states, labels)[1]
 
 
@@ -130,14 +144,15 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
     """
     stack.use_float32()
     stack.fits()  # reads the adapters
+    runs_again = has_backward and stack.trained is not None
     lowest = max(stack.trained or 0, stack.cache.layer if stack.cache is not None else 0)
     measured = [
-        _Measured(number, group, has_backward)
+        _Measured(number, group, has_backward, runs_again)
         for number, layer in enumerate(stack.layers)
         if number >= lowest
         for group in layer.groups
     ]
-    head = None if stack.head is None else _MeasuredHead(len(stack.layers), stack.head)
+    head = None if stack.head is None else _MeasuredHead(len(stack.layers), stack.head, has_backward)
     # While there are weights in both formats, there is no need for all that the layers compute.
     checkpointing, stack.checkpointing = stack.checkpointing, True
     try:

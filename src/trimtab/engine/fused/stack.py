@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from trimtab.engine.attention import Run
 from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want
 from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, values_of
-from trimtab.engine.fused.linears import Kernels, NotPlainError
+from trimtab.engine.fused.linears import Kernels, LinearGroup, NotPlainError
 from trimtab.engine.fused.prefix_cache import Prefix, PrefixCache
 from trimtab.engine.fused.vocabulary import VocabularyHead
 from trimtab.engine.mixed import current_mix
@@ -68,6 +68,19 @@ class LayerStack:
         """Give back what the weights were laid out in; it is made again where a forward needs it."""
         for group in self.groups:
             group.weight = group.weight._replace(tiles=None)
+
+    def release_head(self) -> None:
+        if self.head is not None:
+            self.head.release()
+
+    def places(self) -> dict[tuple[int, str], LinearGroup | VocabularyHead]:
+        """All that can compute in int8, by layer and name; the head comes behind the last layer."""
+        found: dict[tuple[int, str], LinearGroup | VocabularyHead] = {
+            (number, group.name): group for number, layer in enumerate(self.layers) for group in layer.groups
+        }
+        if self.head is not None:
+            found[len(self.layers), self.head.name] = self.head
+        return found
 
     def use_float32(self) -> None:
         for group in self.groups:

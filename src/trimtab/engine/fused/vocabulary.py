@@ -25,6 +25,8 @@ _SLICE = 4096
 class VocabularyHead:
     """logits = states weight^T with a weight [vocabulary, hidden] that never trains, in float32 or in int8."""
 
+    name = "vocabulary head"
+
     def __init__(self, weight: Tensor, kernels: Kernels) -> None:
         self.weight = weight.detach()
         self.kernels = kernels
@@ -34,9 +36,10 @@ class VocabularyHead:
 
     def serves(self, readout: Readout) -> bool:
         """Whether this is all that the model's head does, as it stands."""
-        is_this = readout.weight.data_ptr() == self.weight.data_ptr() and not readout.weight.requires_grad
+        weight = readout.weight
+        is_this = weight.data_ptr() == self.weight.data_ptr() and weight.dtype == torch.float32
         does_more = (readout.bias, readout.softcap, readout.adapted) != (None, None, None) or readout.scale != 1.0
-        return is_this and not does_more and not torch.is_autocast_enabled("cpu")
+        return is_this and not weight.requires_grad and not does_more and not torch.is_autocast_enabled("cpu")
 
     @property
     def can_quantise(self) -> bool:
@@ -52,6 +55,10 @@ class VocabularyHead:
             self.is_int8 = False
             self.release()
 
+    @property
+    def is_laid_out(self) -> bool:
+        return bool(self._slices)
+
     def release(self) -> None:
         """Give back what the weight was laid out in, and the room for logits."""
         self._slices, self._buffer = [], torch.empty(0)
@@ -66,8 +73,11 @@ class VocabularyHead:
     @torch.no_grad()
     def losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each position, and whether its likeliest token is the true one; both [positions]."""
-        found = [self._normalise(self.logits(part), wanted)[:2] for part, wanted in self._chunks(states, labels)]
-        losses, hits = zip(*found, strict=True)
+        losses, hits = [], []
+        for part, wanted in self._chunks(states, labels):
+            slices = self.logits(part)
+            hits.append(_likeliest(slices) == wanted)
+            losses.append(self._normalise(slices, wanted)[0])
         return torch.cat(losses), torch.cat(hits)
 
     def losses_and_gradient(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +85,7 @@ class VocabularyHead:
         losses, gradients = [], []
         for part, wanted in self._chunks(states, labels):
             slices = self.logits(part)
-            loss, _, total = self._normalise(slices, wanted)
+            loss, total = self._normalise(slices, wanted)
             losses.append(loss)
             gradients.append(self._gradient(slices, total, wanted))
         return torch.cat(losses), torch.cat(gradients)
@@ -91,7 +101,7 @@ class VocabularyHead:
         found, start = [], 0
         for weight in self._slices:
             stop = start + len(states) * weight.shape[0]
-            out = self._buffer[start:stop].view(len(states), -1)
+            out = self._buffer[start:stop].view(len(states), weight.shape[0])
             found.append(self.kernels.linear(rows, weight, out=out))
             start = stop
         return found
@@ -110,15 +120,15 @@ class VocabularyHead:
         with torch.inference_mode(False):  # whoever asks first, training can write to it, too
             self._buffer = torch.empty(chunk_positions(len(self.weight)) * len(self.weight))
 
-    def _normalise(self, slices: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, hits, and each position's sum of what the logits become in their place: exp(logit - highest)."""
+    def _normalise(self, slices: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses, and each position's sum of what the logits become in their place: exp(logit - highest)."""
         highest = torch.stack([part.amax(1) for part in slices]).amax(0)
-        of_labels, total = torch.empty_like(highest), torch.zeros_like(highest)
+        of_labels, total = torch.full_like(highest, torch.nan), torch.zeros_like(highest)
         for number, part in enumerate(slices):
             inside = (labels // _SLICE == number).nonzero().squeeze(1)
             of_labels[inside] = part[inside, labels[inside] % _SLICE]
             total += part.sub_(highest.unsqueeze(1)).exp_().sum(1)
-        return total.log() + (highest - of_labels), of_labels == highest, total
+        return total.log() + (highest - of_labels), total
 
     def _gradient(self, slices: list[Tensor], total: Tensor, labels: Tensor) -> Tensor:
         """(softmax - truth) weight; the truth apart, since in int8 all others would be small beside it."""
@@ -129,6 +139,13 @@ class VocabularyHead:
             gradient = self.kernels.linear_backward(rows, weight, gradient, out=gradient)
         assert gradient is not None
         return gradient.div_(total.unsqueeze(1)).sub_(self.weight.index_select(0, labels))
+
+
+def _likeliest(slices: list[Tensor]) -> Tensor:
+    """[positions]: the token of the highest logit, the first one where there are several."""
+    highest, places = zip(*(part.max(1) for part in slices), strict=True)
+    which = torch.stack(highest).argmax(0)
+    return which * _SLICE + torch.stack(places).gather(0, which.unsqueeze(0)).squeeze(0)
 
 
 class _LearntLosses(torch.autograd.Function):
