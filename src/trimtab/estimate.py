@@ -119,8 +119,11 @@ def estimate_job(job: Job) -> Estimate:
     encoded = job.encoded
     tokens = {split: getattr(encoded, split).tokens for split in ("train", "validation", "test")}
     adapter_bytes = 4 * (total if isinstance(peft_model, WholeModel) else _saved_parameters(peft_model, new_modules))
-    memory = _memory(job, sizes, trainable, total, stack is not None, forward, _measure_texts(encoded.train))
-    if _trains_tokens(peft_model):  # peft writes them into a copy of all embeddings, whose gradient is as large
+    trains_tokens = _trains_tokens(peft_model)
+    # Whether a language model's head goes through the kernels in training.
+    reads_out = stack is not None and forward != "padded" and not trains_tokens and study.method != "full"
+    memory = _memory(job, sizes, trainable, total, reads_out, forward, _measure_texts(encoded.train))
+    if trains_tokens:  # peft writes them into a copy of all embeddings, whose gradient is as large
         memory["activations"] += 8 * sizes.vocabulary * sizes.hidden
     seconds = _seconds(job, sizes, tokens, total, stack is not None, forward)
     whole = sum(seconds.values())
@@ -188,7 +191,7 @@ def _measure_texts(encoded: EncodedRows) -> _Texts:
 
 
 def _memory(
-    job: Job, sizes: _Sizes, trainable: int, total: int, has_stack: bool, forward: str, train: _Texts
+    job: Job, sizes: _Sizes, trainable: int, total: int, reads_out: bool, forward: str, train: _Texts
 ) -> dict[str, int]:
     study = job.study
     budget = study.tokens_per_batch // study.gradient_accumulation_steps
@@ -204,11 +207,14 @@ def _memory(
         linear, copies = 0.0 if goes_back else linear, 4.0 * (sizes.linear + sizes.readout)
         if _computes_in_int8(study):  # measured beside float32 on a few rows; then trained without that
             several = max(min(_MEASURED_TOKENS, train.tokens), train.first)  # one text or block, at least
-            measured = 6.0 * sizes.linear + 4.0 * sizes.readout, per_token * several
+            kept_then = 4 * several * (sizes.hidden * sizes.trained_layers + kept)  # with layers checkpointed
+            measured = 4.0 * (sizes.linear + sizes.readout), kept_then
             trained = 2.0 * (sizes.linear + sizes.readout), batch
             copies, batch = max(measured, trained, key=sum)
+    elif reads_out and forward == "packed":
+        copies = 4.0 * sizes.readout
     # Logits of a chunk; beside kernels of ours probabilities, too.
-    rooms = (1 if has_stack else 2) if sizes.readout else 0
+    rooms = (1 if reads_out else 2) if sizes.readout else 0
     vocabulary = 4 * rooms * chunk_positions(sizes.vocabulary) * sizes.vocabulary
     vectors = _TEXT_BYTES * train.tokens * _text_columns(job)
     give_back_freed_memory()  # what reading the data has left
