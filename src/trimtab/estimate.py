@@ -229,7 +229,8 @@ def _memory(
 
 
 def _computes_in_int8(study: StudyConfig) -> bool:
-    return study.precision in ("int8", "auto") and study.quantize == "none" and native.has_int8()
+    is_frozen = study.quantize == "none" and study.method != "full"
+    return is_frozen and study.precision in ("int8", "auto") and native.has_int8()
 
 
 def _scoring_product(study: StudyConfig) -> Product:
@@ -257,7 +258,8 @@ def _seconds(
     study = job.study
     stock = measure_rate("stock")
     real = stock if study.quantize == "none" and not has_stack else measure_rate(_scoring_product(study))
-    whole = max(real, measure_rate("int8")) if _computes_in_int8(study) else real
+    adapted = stock if study.quantize == "none" and forward != "fused" else real  # with layers of peft's around them
+    whole = max(adapted, measure_rate("int8")) if _computes_in_int8(study) else adapted
     value = measure_elementwise_seconds()
     units = sizes.layers * sizes.hidden * value
     scoring_path = "fused" if has_stack else "packed"
@@ -289,7 +291,7 @@ def _seconds(
         "load base": load,
         "text baselines": _TEXT_SECONDS * tokens["train"] * _text_columns(job),
         "base and baselines": tokens["test"] * score(real, scoring_path)
-        + (rest * score(whole, scoring_path) if job.task.has_probe else 0.0) + fit,
-        "tune": again + trained + tokens["test"] * score(real, forward),
-        "reload and evaluate": _START_SECONDS + load + tokens["test"] * score(real, forward) * scored,
+        + (rest * score(max(real, whole), scoring_path) if job.task.has_probe else 0.0) + fit,
+        "tune": again + trained + tokens["test"] * score(adapted, forward),
+        "reload and evaluate": _START_SECONDS + load + tokens["test"] * score(adapted, forward) * scored,
     }  # fmt: skip
