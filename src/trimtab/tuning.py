@@ -74,10 +74,7 @@ def tune(
     peft_model = start_adapter(study, scorer, data, probe, trial, progress)
     trainable, total = _tell_parameters(peft_model, progress)
 
-    plan = TrainingPlan(
-        scorer.collator(data.train), study.tokens_per_batch, study.seed, study.num_train_epochs,
-        study.gradient_accumulation_steps,
-    )  # fmt: skip
+    plan = _make_plan(study, scorer, data.train)
     schedule = make_schedule(method, peft_model, len(plan))
     rates = method.rates or (lambda name: 1.0)
     state = make_state(trainable_parameters(peft_model), study.weight_decay, rates, schedule)
@@ -89,6 +86,7 @@ def tune(
         set_adapter_training(peft_model, False)
         with peft_model.disable_adapter():  # rounding makes texts less likely, so both models have to round alike
             data = refer_splits(scorer, data, progress)
+        plan = _make_plan(study, scorer, data.train)
     free_memory(peft_model)
     ending = run_loop(study, scorer, peft_model, state, plan, data.validation, progress)
     set_adapter_training(peft_model, False)
@@ -114,6 +112,13 @@ def tune(
         )
     progress.stage("Scoring what was trained, to be held against its reload")
     save_logits(trial.trained_logits, scorer.score(data.test, progress).outputs)
+
+
+def _make_plan(study: StudyConfig, scorer: Scorer, train: EncodedRows) -> TrainingPlan:
+    return TrainingPlan(
+        scorer.collator(train), study.tokens_per_batch, study.seed, study.num_train_epochs,
+        study.gradient_accumulation_steps,
+    )  # fmt: skip
 
 
 def refer_splits(scorer: Scorer, data: EncodedSplits, progress: Progress) -> EncodedSplits:

@@ -293,6 +293,7 @@ def _vocabulary_head(readout: Readout) -> VocabularyHead | None:
     states, labels = readout.weight.detach()[:8], torch.arange(8)
     (ours, _), (stock, _) = head.losses(states, labels), readout.losses(states, labels)
     difference = float((ours - stock).abs().max() / stock.abs().max().clamp_min(1.0))
+    head.release()  # not every use of a model asks for losses
     return head if difference <= PROBE_TOLERANCE else None
 
 
