@@ -124,8 +124,9 @@ def measure() -> dict[str, Any]:
 def write_page(found: dict[str, Any]) -> None:
     lines = [
         "# Many adapters on one base\n",
-        f"{ADAPTERS} adapters (LoRA, r 8, q and v) around one SmolLM2 in one process, {ROWS} film reviews a batch, "
-        f"on two cores: medians of {TURNS} turns.\n",
+        f"{ADAPTERS} adapters (LoRA, r 8, q and v, with heads; their weights are random) around one SmolLM2 in one "
+        f"process, {ROWS} film reviews a batch, on two cores ({found['machine']['processor']}): medians of {TURNS} "
+        "turns. [adapters.md](adapters.md) shows how to use them.\n",
         "```sh\npython benchmarks/switching.py\n```\n",
         "| | milliseconds a row | times one adapter |",
         "| --- | --: | --: |",

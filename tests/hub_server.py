@@ -29,7 +29,7 @@ _FILE = re.compile(r"^/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 class HubServer(ThreadingHTTPServer):
     """Use as a context manager; `requests` holds (method, path) of all that was asked.
 
-    The first answer with a file named in `cut_once` breaks off in its middle; `resumed` holds where each went on.
+    The first answer with a file named in `cut_once`, and each with one in `cut_always`, breaks off in its middle; `resumed` holds where each went on.
     """
 
     daemon_threads = True
@@ -39,6 +39,7 @@ class HubServer(ThreadingHTTPServer):
         self.root = root
         self.requests: list[tuple[str, str]] = []
         self.cut_once: set[str] = set()
+        self.cut_always: set[str] = set()
         self.resumed: list[tuple[str, int]] = []
         self.large: dict[str, bytes] = {}  # what was sent by Git LFS and waits for its commit
 
@@ -91,6 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, b"")
         elif path == "/api/repos/create":
             asked = json.loads(body)
+            if asked["name"] == "locked":
+                self._send(401, b"{}", {"X-Error-Message": "Invalid username or password."})
+                return
             if asked.get("organization") == "others":
                 self._send(403, b"{}", {"X-Error-Message": "You don't have the rights to create a model there"})
                 return
@@ -160,12 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = path.read_bytes()
         headers = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": _commit(folder), "Accept-Ranges": "bytes"}
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if asked and int(asked[1]):
+        if asked and int(asked[1]) and file not in self.server.cut_always:
             start = int(asked[1])
             self.server.resumed.append((file, start))
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             self._send(206, content[start:], headers)
-        elif file in self.server.cut_once and self.command == "GET":
+        elif file in self.server.cut_once | self.server.cut_always and self.command == "GET":
             self.server.cut_once.discard(file)
             self.send_response(200)
             for header, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -194,7 +198,10 @@ def _digest(content: bytes) -> str:
 
 
 def _commit(folder: Path) -> str:
-    return hashlib.sha1(folder.name.encode(), usedforsecurity=False).hexdigest()
+    digest = hashlib.sha1(usedforsecurity=False)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _describe(path: Path, folder: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ FLOORS = [
     "tasks",
     "models",
     "data",
+    "fingerprints",
     "sources",
     "starters",
     "study_config",
@@ -109,7 +110,7 @@ def test_no_cycles():
 
 
 def test_public_names():
-    assert trimtab.__all__ == ["InputError", "LoadedAdapter", "Merge", "RunError", "StudyConfig", "TrimtabError", "build_study",
+    assert trimtab.__all__ == ["InputError", "LoadedAdapter", "Merge", "RunError", "Sampling", "StudyConfig", "TrimtabError", "build_study",
                                "compare", "load_adapter", "merge", "read_predictions", "run"]  # fmt: skip
     for name in trimtab.__all__:
         assert getattr(trimtab, name).__doc__ or name.endswith("Error")

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hub_server import HubServer
-from samples import write_reviews
+from samples import run_here, write_reviews
+from trimtab.study_config import build_study
 
 SETTINGS = ["--num-train-epochs=1", "--tokens-per-batch=128", "--max-length-tokens=32", "--learning-rate=0.01"]
 
@@ -19,9 +21,13 @@ SETTINGS = ["--num-train-epochs=1", "--tokens-per-batch=128", "--max-length-toke
 def hub(tmp_path_factory, model_folder):
     root = tmp_path_factory.mktemp("hub")
     shutil.copytree(model_folder("llama"), root / "small" / "llama")
+    (root / "small" / "llama" / "onnx").mkdir()
+    for name in (".gitattributes", "pytorch_model.bin", "onnx/model.onnx", "demo.png"):  # as real repositories hold
+        (root / "small" / "llama" / name).write_bytes(b"not asked for")
     gated = root / "small" / "gated"
     gated.mkdir()
     (gated / ".gated").touch()
+    (root / "small" / "empty").mkdir()
     data = root / "datasets" / "small" / "reviews"
     data.mkdir(parents=True)
     write_reviews(data / "train.csv", 120)
@@ -50,6 +56,15 @@ def trimtab(hub, tmp_path):
     return run
 
 
+LOCATE = """
+import sys
+from trimtab.data.reading import read_source
+from trimtab.progress import Silent
+from trimtab.sources import locate_model
+print(len(read_source(sys.argv[1], Silent()).splits["train"].rows), locate_model(sys.argv[2], Silent()).is_local)
+"""
+
+
 def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
     """And a download that breaks off in its middle is had nevertheless."""
     flags = ["--model=small/llama", "--train-data=small/reviews", *SETTINGS]
@@ -65,23 +80,37 @@ def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
     assert not hub.cut_once
 
     asked = len(hub.requests)
-    again = trimtab("run", *flags, f"--out={tmp_path / 'again'}", "--json", HF_HUB_OFFLINE="1")
-    assert again.returncode == 0, again.stderr
+    again = trimtab("small/reviews", "small/llama", program=["-c", LOCATE])
+    assert again.stdout.split() == ["120", "True"], again.stderr
+    assert [path for _, path in hub.requests[asked:] if "small" in path] == []  # what is here is not asked for again
+    asked = len(hub.requests)
+    offline = trimtab("run", *flags, f"--out={tmp_path / 'offline'}", "--json", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
     assert len(hub.requests) == asked
-    assert json.loads(again.stdout)["data"]["sha256"] == comparison["data"]["sha256"]
+    assert not any(path.endswith((".bin", ".onnx", ".png", ".gitattributes")) for _, path in hub.requests)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model=small/nothing", "--train-data=small/reviews"], "model 'small/nothing' cannot be had from the Hub"),
-        (["--model=small/gated", "--train-data=small/reviews"], "model 'small/gated' cannot be had from the Hub: 401"),
-        (["--model=small/llama@v9", "--train-data=small/reviews"], "model 'small/llama@v9' cannot be had from the Hub"),
-        (["--model=small/llama", "--train-data=small/nothing"], "data 'small/nothing' is neither a file or folder here"),
-        (["--model=small/llama", "--train-data=small/gated"], "data 'small/gated' is neither a file or folder here"),
-        (["--model=small/llama", "--train-data=small/reviews@v9"], "data 'small/reviews@v9' is neither a file or folder"),
+        (["--model=small/nothing", "--train-data=small/reviews"],
+         "model 'small/nothing' cannot be had from the Hub: 404, no such repository, or a private one; check the name"),
+        (["--model=small/gated", "--train-data=small/reviews"],
+         "model 'small/gated' cannot be had from the Hub: 401, its owner gives access on request; ask for it on its page, "
+         "then log in with `hf auth login`, or set HF_TOKEN"),
+        (["--model=small/llama@v9", "--train-data=small/reviews"],
+         "model 'small/llama@v9' cannot be had from the Hub: 404, it has no revision 'v9'"),
+        (["--model=small/empty", "--train-data=small/reviews"],
+         "model 'small/empty' cannot be had from the Hub: 404, it holds no config.json, so it is no model"),
+        (["--model=small/llama", "--train-data=small/nothing"],
+         "nor to be had from the Hub: 404, no such repository, or a private one"),
+        (["--model=small/llama", "--train-data=small/gated"],
+         "nor to be had from the Hub: 401, its owner gives access on request"),
+        (["--model=small/llama", "--train-data=small/reviews@v9"],
+         "nor to be had from the Hub: 404, it has no revision 'v9'"),
     ],
-    ids=["no such model", "gated model", "no such revision", "no such data", "gated data", "no such revision of data"],
+    ids=["no such model", "gated model", "no such revision", "no config", "no such data", "gated data",
+         "no such revision of data"],
 )  # fmt: skip
 def test_what_the_hub_does_not_give_is_one_clear_error(trimtab, tmp_path, flags, message):
     done = trimtab("run", *flags, *SETTINGS, f"--out={tmp_path / 'run'}")
@@ -104,9 +133,10 @@ def here(hub, tmp_path, monkeypatch):
 
 
 def test_a_revision_is_pinned(here):
+    from trimtab.fingerprints import fingerprint_model
     from trimtab.models import load_config
     from trimtab.progress import Silent
-    from trimtab.sources import fingerprint_model, locate_model
+    from trimtab.sources import locate_model
 
     main, pinned = (locate_model(name, Silent()) for name in ("small/llama@main", "small/llama@v2"))
     kinds = [load_config(source).model_type for source in (main, pinned)]
@@ -114,23 +144,70 @@ def test_a_revision_is_pinned(here):
     assert fingerprint_model(main) != fingerprint_model(pinned)
 
 
-def test_data_of_a_revision_are_those_of_that_revision(trimtab):
-    code = "; ".join([
-        "from trimtab.data.reading import read_source",
-        "from trimtab.progress import Silent",
-        "tables = [read_source(n, Silent()).splits['train'] for n in ('small/reviews@v2', 'small/reviews')]",
-        "print([sorted({row['label'] for row in table.rows}) for table in tables])",
-    ])  # fmt: skip
-    done = trimtab(code, program=["-c"])
-    assert "[['fresh', 'rotten'], ['bad', 'good']]" in done.stdout, done.stderr
+READ = """
+import sys
+from trimtab.data.reading import read_source
+from trimtab.progress import Silent
+print([sorted({row["label"] for row in read_source(name, Silent()).splits["train"].rows}) for name in sys.argv[1:]])
+"""
+
+
+def test_data_of_a_revision_are_those_of_that_revision(trimtab, hub):
+    """Without a network, too, where `datasets` by itself gives what it fetched last."""
+    done = trimtab("small/reviews", "small/reviews@v2", program=["-c", READ])
+    assert "[['bad', 'good'], ['fresh', 'rotten']]" in done.stdout, done.stderr
+    asked = len(hub.requests)
+    again = trimtab("small/reviews", "small/reviews@v2", program=["-c", READ], HF_HUB_OFFLINE="1")
+    assert again.stdout == done.stdout, again.stderr
+    assert len(hub.requests) == asked
+    for other in (f"small/reviews@{'0' * 40}", "small/reviews@v9"):
+        refused = trimtab(other, program=["-c", READ], HF_HUB_OFFLINE="1")
+        assert "nor to be had from the Hub: HF_HUB_OFFLINE is set" in refused.stderr
+    down = trimtab("small/reviews@v9", program=["-c", READ], HF_ENDPOINT="http://127.0.0.1:9")
+    assert "nor to be had from the Hub" in down.stderr, down.stdout
+
+
+def test_what_datasets_kept_is_read_offline_where_its_card_tells_the_revision(trimtab, hub):
+    for name in ("carded", "carded@v2"):
+        shutil.copytree(hub.root / "datasets" / "small" / name.replace("carded", "reviews"),
+                        hub.root / "datasets" / "small" / name)  # fmt: skip
+        (hub.root / "datasets" / "small" / name / "README.md").write_text("Reviews.")
+    fetch = "import datasets, sys; datasets.load_dataset('small/carded', revision=sys.argv[1])"
+    for revision in ("main", "v2"):
+        done = trimtab(revision, program=["-c", fetch])
+        assert done.returncode == 0, done.stderr
+    found = trimtab("small/carded@v2", program=["-c", READ], HF_HUB_OFFLINE="1")
+    assert "[['fresh', 'rotten']]" in found.stdout, found.stderr
+    other = trimtab("small/carded", program=["-c", READ], HF_HUB_OFFLINE="1")
+    assert "fresh" not in other.stdout, other.stdout
+
+
+def test_a_hub_that_breaks_off_for_good_is_one_clear_error(hub, trimtab, tmp_path):
+    hub.cut_always.add("model.safetensors")
+    try:
+        done = trimtab("run", "--model=small/llama@main", "--train-data=small/reviews", f"--out={tmp_path / 'run'}")
+    finally:
+        hub.cut_always.clear()
+    assert done.returncode == 2
+    assert "model 'small/llama@main' cannot be had from the Hub" in " ".join(done.stderr.split())
+    assert "try again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_is_not_there_is_one_clear_error(trimtab, tmp_path):
+    done = trimtab("run", "--model=small/llama", f"--out={tmp_path / 'run'}", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "is neither a folder here nor in the Hub cache, and the Hub cannot be reached" in " ".join(
+        done.stderr.split()
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("small/nothing", "adapter 'small/nothing' cannot be had from the Hub: 404"),
-        ("small/gated", "adapter 'small/gated' cannot be had from the Hub: 401"),
-        ("small/llama@v9", "adapter 'small/llama@v9' cannot be had from the Hub"),
+        ("small/nothing", "adapter 'small/nothing' cannot be had from the Hub: 404, no such repository"),
+        ("small/gated", "adapter 'small/gated' cannot be had from the Hub: 401, its owner gives access on request"),
+        ("small/llama@v9", "adapter 'small/llama@v9' cannot be had from the Hub: 404, it has no revision 'v9'"),
     ],
 )
 def test_an_adapter_that_the_hub_does_not_give_is_one_clear_error(here, name, message):
@@ -160,7 +237,7 @@ def test_an_adapter_that_lies_here_whole_is_not_asked_for_again(here, finished_a
 
 
 def test_a_fingerprint_is_kept_until_the_weights_change(tmp_path, model_folder, monkeypatch):
-    from trimtab import sources
+    from trimtab import fingerprints, sources
     from trimtab.progress import Silent
 
     folder = shutil.copytree(model_folder("llama"), tmp_path / "base")
@@ -168,16 +245,36 @@ def test_a_fingerprint_is_kept_until_the_weights_change(tmp_path, model_folder, 
     before = (1_600_000_000_000_000_000,) * 2
     os.utime(weights, ns=before)
     source = sources.locate_model(str(folder), Silent())
-    monkeypatch.setattr(sources, "_SETTLED_SECONDS", -1.0)  # or the copy is too fresh to be trusted
-    found = sources.fingerprint_model(source)
+    monkeypatch.setattr(fingerprints, "_SETTLED_SECONDS", -1.0)  # or the copy is too fresh to be trusted
+    found = fingerprints.fingerprint_model(source)
     with monkeypatch.context() as context:
-        context.delattr(sources, "fingerprint_files")
-        assert sources.fingerprint_model(source) == found
+        context.delattr(fingerprints, "_fingerprint_weights")
+        assert fingerprints.fingerprint_model(source) == found
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     os.utime(weights, ns=before)  # the same size and time: the time of the inode's change tells
-    assert sources.fingerprint_model(source) != found
+    assert fingerprints.fingerprint_model(source) != found
+
+
+def test_a_base_in_other_shards_is_the_same_base(tmp_path, model_folder):
+    from transformers import AutoModelForSequenceClassification
+
+    from trimtab.fingerprints import fingerprint_model
+    from trimtab.progress import Silent
+    from trimtab.sources import locate_model
+
+    whole = locate_model(str(model_folder("llama")), Silent())
+    model = AutoModelForSequenceClassification.from_pretrained(whole.location)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    places = [locate_model(str(tmp_path / name), Silent()) for name in ("whole", "shards")]
+    assert fingerprint_model(places[0]) == fingerprint_model(places[1])
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-6
+    model.save_pretrained(tmp_path / "other", max_shard_size="20KB")
+    assert fingerprint_model(locate_model(str(tmp_path / "other"), Silent())) != fingerprint_model(places[0])
 
 
 def test_a_broken_download_goes_on_where_it_broke_off(here):
@@ -216,6 +313,7 @@ def test_shards_of_an_interrupted_fetch_are_completed_and_then_never_asked_for_a
     asked = len(here.requests)
     again = locate_model("small/sharded", Silent())
     assert again.is_local
+    assert (again.hub_id, again.commit) == ("small/sharded", Path(again.location).name)
     assert [path.name for path in weight_files(again)] == shards
     assert len(here.requests) == asked
     next(Path(again.location).glob("tokenizer.json")).unlink()  # another that did not come
@@ -247,6 +345,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model
     there = hub.root / "small" / "reviews-lora"
     assert {path.name for path in there.iterdir()} == {path.name for path in adapter.iterdir()} - {".env"}
     assert json.loads((there / "adapter_config.json").read_text())["base_model_name_or_path"] == "small/llama"
+    assert len(json.loads((there / "adapter_config.json").read_text())["revision"]) == 40
     assert str(tmp_path) not in "".join(path.read_text() for path in there.glob("*.json"))
     shutil.rmtree(tmp_path / "hf")  # another machine, which has to fetch the base as well
     said = trimtab("predict", "small/reviews-lora", "--input", data, "--out", tmp_path / "found.jsonl")
@@ -261,10 +360,60 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model
     assert "adapter_model.safetensors is not what was saved" in " ".join(broken.stderr.split())
 
 
+def test_what_is_sent_of_an_adapter_of_a_folder_does_not_tell_where_it_lay(hub, trimtab, tmp_path, model_folder):
+    base = shutil.copytree(model_folder("bert"), tmp_path / "at home" / "gpt2")  # which the Hub has one of, too
+    data = write_reviews(tmp_path / "reviews.csv", 60)
+    run_here(build_study({"model": str(base), "train_data": str(data), "num_train_epochs": 1, "tokens_per_batch": 128,
+                          "max_length_tokens": 32, "out": str(tmp_path / "run")}))  # fmt: skip
+    sent = trimtab(
+        "push", tmp_path / "run" / "trials" / "lora-s0" / "adapter", "small/of-a-folder", HF_TOKEN="hf_of_a_test"
+    )
+    assert sent.returncode == 0, sent.stderr
+    there = hub.root / "small" / "of-a-folder"
+    assert "at home" not in "".join(path.read_text() for path in there.glob("*") if path.suffix in (".json", ".md"))
+    assert json.loads((there / "adapter_config.json").read_text())["base_model_name_or_path"] == "./gpt2"
+    said = trimtab("predict", "small/of-a-folder", "--input", data)
+    assert said.returncode == 2
+    assert "no model folder at './gpt2'" in " ".join(said.stderr.split())
+    assert "give it with --base" in " ".join(said.stderr.split())
+    found = trimtab("predict", "small/of-a-folder", "--base", base, "--input", data, "--out", tmp_path / "found.jsonl")
+    assert found.returncode == 0, found.stderr
+
+
+STOCK = """
+import sys
+from peft import AutoPeftModelForSequenceClassification
+print(AutoPeftModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=2).config.model_type)
+"""
+
+
+def test_the_base_is_found_again_where_its_repository_went_on(hub, trimtab, tmp_path, model_folder):
+    """And stock peft finds it by what the config says: the id and the commit."""
+    there = hub.root / "small" / "moving"
+    shutil.copytree(model_folder("llama"), there)
+    data = write_reviews(tmp_path / "reviews.csv", 60)
+    flags = ["--model=small/moving", f"--train-data={data}", *SETTINGS, f"--out={tmp_path / 'run'}"]
+    done = trimtab("run", *flags)
+    assert done.returncode == 0, done.stderr
+    adapter = tmp_path / "run" / "trials" / "lora-s0" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], len(config["revision"])) == ("small/moving", 40)
+    assert str(tmp_path / "hf") not in "".join(path.read_text() for path in adapter.glob("*.json"))
+
+    there.rename(hub.root / "small" / "moving@earlier")
+    shutil.copytree(model_folder("bert"), there)
+    elsewhere = {"HF_HOME": str(tmp_path / "another machine"), "TRIMTAB_HOME": str(tmp_path / "its cache")}
+    found = trimtab("predict", adapter, "--input", data, "--out", tmp_path / "found.jsonl", **elsewhere)
+    assert found.returncode == 0, found.stderr
+    stock = trimtab(adapter, program=["-c", STOCK], HF_HOME=str(tmp_path / "a third one"))
+    assert stock.stdout.split()[-1:] == ["llama"], stock.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["others/mine"], "others/mine cannot be written on the Hub: 403"),
+        (["others/mine"], "others/mine cannot be written on the Hub: 403, .*You don't have the rights"),
+        (["small/locked"], "small/locked cannot be written on the Hub: 401, .*log in with `hf auth login`"),
         (["noowner"], "'noowner' names no owner; give owner/name"),
         (["a b/c"], "'a b/c' is no name on the Hub"),
     ],
@@ -295,5 +444,7 @@ def test_a_card_that_the_hub_cannot_read_is_not_sent(finished_adapter):
     with pytest.raises(AdapterError, match=r"README.md: its metadata cannot be read"):
         push_adapter(finished_adapter, "small/x", dry_run=True)
     (finished_adapter / "README.md").unlink()
-    with pytest.raises(AdapterError, match=r"has no model card \(README.md\); trimtab report RUN writes it"):
+    with pytest.raises(
+        AdapterError, match=r"has no model card \(README.md\); trimtab report RUN writes those of a run"
+    ):
         push_adapter(finished_adapter, "small/x", dry_run=True)

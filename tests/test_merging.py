@@ -7,19 +7,23 @@ import sys
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import trimtab
-from samples import run_here, run_trimtab, write_reviews, write_tales
+from samples import Notes, run_here, run_trimtab, write_reviews, write_tales
 from trimtab import merging
+from trimtab.adapters import merged as merged_weights
 from trimtab.adapters.files import write_facts
 from trimtab.console import show_merge
 from trimtab.errors import AdapterError, DataError, InputError, MergeError, SourceError, StudyError
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.merging import merge_adapter
 from trimtab.runs import RunFolder, read_json, read_jsonl
+from trimtab.sources import locate_model
 from trimtab.study_config import build_study
+from trimtab.tasks import get_task
 
 PLAIN = """
 import sys, json
@@ -122,6 +126,115 @@ def test_what_differs_by_more_is_written_by_force_only(finished, tmp_path, monke
     assert not (tmp_path / "strict").exists()
     assert not merge_adapter(adapter, tmp_path / "strict", "bfloat16", force=True).is_equal
     assert (tmp_path / "strict" / "model.safetensors").is_file()
+
+
+def test_the_command_refuses_and_is_forced(finished, tmp_path):
+    """A head so large that bfloat16 rounds its logits by more than the bound."""
+    shutil.copytree(finished.trial("lora", 0).adapter, tmp_path / "large")
+    file = tmp_path / "large" / "adapter_model.safetensors"
+    weights = {name: value * (40 if "score" in name else 1) for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    write_facts(tmp_path / "large", read_json(tmp_path / "large" / "trimtab.json"))
+    data = write_reviews(tmp_path / "new.csv", 40)
+    arguments = ["merge", tmp_path / "large", "--data", data, "--out", tmp_path / "merged", "--json"]
+    refused = run_trimtab(*arguments, "--dtype", "bfloat16")
+    assert refused.returncode == 1
+    said = " ".join(refused.stderr.split())
+    assert "merged in bfloat16 is another model: outputs differ by up to " in said
+    assert "nothing was kept: try --dtype float32, or --force" in said
+    assert not (tmp_path / "merged").exists()
+    forced = run_trimtab(*arguments, "--dtype", "bfloat16", "--force")
+    assert forced.returncode == 0, forced.stderr
+    told = json.loads(forced.stdout)
+    assert told["max_abs_difference"] > told["bound"] == 0.5
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert read_json(tmp_path / "merged" / "merge.json")["max_abs_difference"] == told["max_abs_difference"]
+
+
+def lose_a_layer(weight):
+    """What is written of one adapted layer is the base's own."""
+    return weight._replace(layer=None) if weight.name.endswith("layers.1.self_attn.v_proj.weight") else weight
+
+
+def lose_the_head(weight):
+    return weight._replace(tensor=torch.zeros_like(weight.tensor)) if weight.name == "score.weight" else weight
+
+
+@pytest.mark.parametrize("dtype", merging.BOUNDS)
+@pytest.mark.parametrize("fault", [lose_a_layer, lose_the_head])
+def test_what_is_written_wrong_is_refused_in_every_format(finished, tmp_path, monkeypatch, dtype, fault):
+    write = merged_weights._write_shard
+    monkeypatch.setattr(merged_weights, "_write_shard",
+                        lambda weights, *rest: write([fault(weight) for weight in weights], *rest))  # fmt: skip
+    with pytest.raises(MergeError, match="was read back as another weight than base and adapter have, once merged"):
+        merge_adapter(finished.path, tmp_path / "merged", dtype, force=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", merging.BOUNDS)
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_what_is_merged_wrong_is_refused_in_every_format(finished, tmp_path, monkeypatch, dtype, share):
+    """A merge that loses the adapter, or a tenth of it: less than bfloat16's bound lets outputs differ."""
+    product = LoraLinear.get_delta_weight
+    monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda layer, name: product(layer, name) * share)
+    with pytest.raises(MergeError, match=r"merged in float32 is another model: outputs differ by up to"):
+        merge_adapter(finished.path, tmp_path / "merged", dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_loss_has_a_bound_of_its_own():
+    """One improbable token lets no other differ, and a likeliest token that a tie turns over is no difference."""
+    losses = torch.tensor([[0.5, 1.0], [40.0, 0.0], [2.0, 0.0]])
+    for place, allowed in enumerate((1e-4, 4e-3, 2e-4)):
+        for share in (0.9, 1.1):
+            merged = losses.clone()
+            merged[place, 0] += share * allowed
+            difference, bound, found = merging.find_difference(get_task("causal_lm"), losses, merged, 1e-4)
+            assert bound == pytest.approx(allowed)
+            assert difference == pytest.approx(share * allowed, rel=0.02)
+            assert found == pytest.approx(share, rel=0.02)
+    both = losses + torch.tensor([[2e-4, 0.0], [1e-3, 0.0], [0.0, 0.0]])  # the larger one is within its bound
+    assert merging.find_difference(get_task("causal_lm"), losses, both, 1e-4) == pytest.approx(
+        (1e-3, 4e-3, 2.0), rel=0.02
+    )
+    turned = losses * torch.tensor([1.0, -1.0])
+    assert merging.find_difference(get_task("preference"), losses, turned, 1e-4)[0] == 0.0
+    assert merging.find_difference(get_task("classification"), losses, turned, 1e-4)[0] == 2.0
+    assert torch.tensor(merging.find_difference(get_task("seq2seq"), losses, losses * torch.nan, 1.0)).isnan().any()
+    values = torch.tensor([[300_000.0], [100_000.0]])
+    difference, bound, _ = merging.find_difference(get_task("regression"), values, values + 0.5, 1e-4)
+    assert difference == 0.5
+    assert bound == pytest.approx(22.4, abs=0.1)
+
+
+def test_a_base_that_is_no_safetensors_is_read_whole_and_that_is_told(finished, tmp_path, model_folder):
+    base, heard = tmp_path / "base", Notes()
+    shutil.copytree(model_folder("llama"), base)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with merging._mapped(locate_model(str(base), heard), tmp_path, heard) as source:
+        assert source.location == str(base)
+    assert heard.notes == [
+        f"{base} has its weights in pytorch_model.bin, and only safetensors are mapped into memory: all of it is read "
+        f"({(base / 'pytorch_model.bin').stat().st_size / 1e9:.2g} GB in the file, more where that is narrower than "
+        "float32)"
+    ]
+
+
+def test_weights_in_other_formats_are_not_copied(tmp_path, model_folder):
+    base, heard = tmp_path / "base", Notes()
+    shutil.copytree(model_folder("llama"), base)
+    weights = load_file(base / "model.safetensors")
+    narrow = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(narrow, base / "model.safetensors", metadata={"format": "pt"})
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "model.gguf"):
+        (base / name).write_bytes(b"not read")
+    with merging._mapped(locate_model(str(base), heard), tmp_path, heard) as source:
+        wide = {path.name for path in merging.Path(source.location).iterdir()}
+        assert wide == {path.name for path in model_folder("llama").iterdir()}
+        found = load_file(merging.Path(source.location) / "model.safetensors")
+    assert all(torch.equal(found[name], weight.float()) for name, weight in narrow.items())
+    assert heard.notes == []
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

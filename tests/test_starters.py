@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 from collections import Counter
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from samples import run_here, run_trimtab, write_tales
+from trimtab import merging
 from trimtab.data.reading import read_source
-from trimtab.errors import SourceError
+from trimtab.errors import MergeError, SourceError
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder
 from trimtab.sources import locate_model
@@ -118,8 +121,10 @@ def test_real_models_on_real_data_and_stock_peft(tmp_path, model, data):
     assert predicted == expected
 
 
-def test_a_tuned_model_runs_in_llama_cpp(tmp_path):
-    """A small Llama with SmolLM2's own tokenizer: merged, converted, and asked for the next tokens by llama.cpp itself."""
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory):
+    """A run of a small Llama with SmolLM2's own tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
     tokenizer = AutoTokenizer.from_pretrained(locate_model("starter:smollm2-135m", Silent()).location)
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -129,16 +134,58 @@ def test_a_tuned_model_runs_in_llama_cpp(tmp_path):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.2)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    run_here(build_study({"model": str(tmp_path / "base"), "task": "causal_lm", "num_train_epochs": 1,
-                          "train_data": str(write_tales(tmp_path / "tales.jsonl", 40)), "max_length_tokens": 64,
-                          "learning_rate": 0.01, "out": str(tmp_path / "run")}))  # fmt: skip
-    merged = run_trimtab("merge", tmp_path / "run", "--out", tmp_path / "gguf", "--format", "gguf", "--json")
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    run_here(build_study({"model": str(folder / "base"), "task": "causal_lm", "num_train_epochs": 1,
+                          "train_data": str(write_tales(folder / "tales.jsonl", 40)), "max_length_tokens": 64,
+                          "learning_rate": 0.01, "out": str(folder / "run")}))  # fmt: skip
+    return folder
+
+
+def difference_from_stock_peft(file, folder):
+    """Of 2,000 next tokens' log-probabilities after a text that no run has seen, as llama.cpp gives them for `file`."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.verbosity = str(file), 64, 1, -1
+    asked = {"prompt": "superb acting and a fine story number 7", "n_predict": 1, "temperature": 0.0, "n_probs": 2000}
+    answer = xllamacpp.Server(parameters).handle_completions(asked)
+    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    assert len({found["id"] for found in top}) == 2000
+    stock = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(folder / "base"), RunFolder(folder / "run").trial("lora", 0).adapter
+    ).eval()
+    ids = AutoTokenizer.from_pretrained(folder / "base")(asked["prompt"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        wanted = stock(input_ids=ids).logits[0, -1].log_softmax(-1)
+    return max(abs(float(wanted[found["id"]]) - found["logprob"]) for found in top)
+
+
+def test_a_tuned_model_runs_in_llama_cpp(tmp_path, small_llama):
+    """Merged, converted, and asked for the next tokens by llama.cpp itself."""
+    run = small_llama / "run"
+    merged = run_trimtab("merge", run, "--out", tmp_path / "gguf", "--format", "gguf", "--json")
     assert merged.returncode == 0, merged.stderr
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["merge.json", "model.gguf"]
     assert 0 < json.loads(merged.stdout)["llama_cpp_difference"] <= 1e-2
-    narrow = run_trimtab(
-        "merge", tmp_path / "run", "--out", tmp_path / "half", "--format", "gguf", "--dtype", "float16"
-    )
+    assert difference_from_stock_peft(tmp_path / "gguf" / "model.gguf", small_llama) <= 2e-2  # improbable ones as well
+    narrow = run_trimtab("merge", run, "--out", tmp_path / "half", "--format", "gguf", "--dtype", "float16")
     assert "llama.cpp gives log-probabilities within" in narrow.stdout, narrow.stderr
+    assert difference_from_stock_peft(tmp_path / "half" / "model.gguf", small_llama) <= 5e-2
+
+
+def test_a_file_for_llama_cpp_with_other_weights_is_refused(tmp_path, small_llama, monkeypatch):
+    """The base's own, which lack all that was trained."""
+    convert = merging.convert_to_gguf
+    convert(small_llama / "base", tmp_path / "base.gguf", "float32")
+    assert difference_from_stock_peft(tmp_path / "base.gguf", small_llama) > 0.5
+    monkeypatch.setattr(
+        merging, "convert_to_gguf", lambda folder, file, dtype: shutil.copy(tmp_path / "base.gguf", file)
+    )
+    for dtype in merging.BOUNDS:
+        with pytest.raises(MergeError, match=r"llama\.cpp gives other log-probabilities than transformers, by up to "):
+            merging.merge_adapter(small_llama / "run", tmp_path / dtype, dtype, output_format="gguf")
+        assert not (tmp_path / dtype).exists()
+    forced = merging.merge_adapter(small_llama / "run", tmp_path / "forced", output_format="gguf", force=True)
+    assert forced.llama_cpp_difference > merging.GGUF_BOUNDS["float32"]
+    assert sorted(path.name for path in (tmp_path / "forced").iterdir()) == ["merge.json", "model.gguf"]

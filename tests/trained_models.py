@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from trimtab.adapters import save_start, write_weights
-from trimtab.adapters.merged import check_mergeable, write_merged
+from trimtab.adapters.merged import check_mergeable, check_written, merged_while_computing, write_merged
 from trimtab.engine.batches import Collator, TrainingPlan
 from trimtab.engine.forward import PaddedForward, PromptForward, choose_forward
 from trimtab.engine.frozen import set_adapter_training, trainable_parameters
@@ -111,6 +111,8 @@ class Trained:
             return
         folder.mkdir()
         before = {name: value.clone() for name, value in peft_model.state_dict().items()}
+        with merged_while_computing(peft_model):
+            assert close(self.alone(peft_model.get_base_model()), self.trained, 1e-4)
         write_merged(peft_model, folder, torch.float32, Silent())
         after = peft_model.state_dict()  # each layer was merged, and unmerged again
         assert before.keys() == after.keys()
@@ -118,6 +120,7 @@ class Trained:
         plain, info = type(peft_model.get_base_model()).from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
+        check_written(peft_model, plain, torch.float32)
         assert close(self.alone(plain.eval()), self.trained, 1e-4)
 
 

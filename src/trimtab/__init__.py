@@ -24,6 +24,7 @@ _HOMES = {
     "InputError": ("trimtab.errors", "InputError"),
     "Merge": ("trimtab.merging", "Merge"),
     "RunError": ("trimtab.errors", "RunError"),
+    "Sampling": ("trimtab.sampling", "Sampling"),
 }
 
 __all__ = sorted(_HOMES)

@@ -10,12 +10,14 @@ from typing import Any
 from trimtab.adapters import load_adapter
 from trimtab.adapters.files import check_folder
 from trimtab.adapters.judging import encode_beside_base, find_test_rows, judge
+from trimtab.adapters.origin import find_base
 from trimtab.data import Row, read_rows
 from trimtab.errors import InputError
 from trimtab.evaluation.comparison import compare_with
 from trimtab.evaluation.predictions import Predictions
 from trimtab.progress import Progress, Silent
 from trimtab.runs import RunFolder
+from trimtab.sources import locate_adapter
 
 _RESULT = "combined"
 # Test rows that runs which were cut in other ways must share.
@@ -23,11 +25,12 @@ _FEWEST_ROWS = 30
 
 
 def combine_adapters(
-    weights: Mapping[Path, float],
+    weights: Mapping[str | Path, float],
     out: Path,
     combination_type: str = "linear",
     density: float | None = None,
     *,
+    base: str | None = None,
     data: str | None = None,
     columns: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
@@ -38,8 +41,9 @@ def combine_adapters(
     these rows is flattered by them.
 
     Args:
-        weights: by adapter folder.
+        weights: by adapter folder, or Hub id.
         density: the share of each adapter that is kept, for ties, dare and magnitude pruning.
+        base: where the base is, if not where it was.
         data: rows with labels, as for training.
         columns: of `data`, by what they are for (text, label, …), where their names do not tell.
 
@@ -52,16 +56,20 @@ def combine_adapters(
     listener = progress or Silent()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already; give another --out")
-    first, *others = weights
-    rows = find_test_rows(first, check_folder(first), data, columns, listener)
+    names = _names_of(list(weights))
+    folders = {locate_adapter(given): given for given in weights}
+    if len(folders) < len(weights):
+        raise InputError(f"{', '.join(map(str, weights))}: an adapter is given twice; add its weights up")
+    first, *others = folders
+    _, facts = find_base(first, check_folder(first), base, listener)
+    rows = find_test_rows(first, facts, data, columns, listener)
     if data is None:
         rows = _unseen_rows(rows, others, listener)
-    names = _names_of(list(weights))
     listener.stage(f"Loading {len(names)} adapters on one base")
-    loaded = load_adapter(first, name=names[first], progress=listener)
+    loaded = load_adapter(first, base, name=names[folders[first]], progress=listener)
     for other in others:
-        loaded.load(other, names[other])
-    by_name = {names[path]: weight for path, weight in weights.items()}
+        loaded.load(other, names[folders[other]])
+    by_name = {names[given]: weight for given, weight in weights.items()}
     loaded.combine(by_name, _RESULT, combination_type, density)
     encoded = encode_beside_base(loaded, rows, listener)
     predictions: dict[str, Predictions] = {}
@@ -105,14 +113,17 @@ def _content(row: Row) -> str:
     return repr(astuple(replace(row, id="", label=0, group=None)))
 
 
-def _names_of(adapters: Sequence[Path]) -> dict[Path, str]:
-    """A name for each: its run and its trial."""
+def _names_of(adapters: Sequence[str | Path]) -> dict[str | Path, str]:
+    """A name for each: its run and its trial; of a repository its own, without owner and revision."""
     if len(set(adapters)) < 2:
         raise InputError("give two adapters or more, each with its weight: FOLDER=0.5")
-    found: dict[Path, str] = {}
-    for path in adapters:
+    found: dict[str | Path, str] = {}
+    for given in adapters:
+        path = Path(given).expanduser()
+        if not path.exists():
+            path = Path(str(given).partition("@")[0])
         parts = path.absolute().parts
         name = "-".join(part for part in (parts[-4:-3] + parts[-2:-1])) if path.name == "adapter" else path.name
         name = name.replace(".", "_").lstrip("_") or "adapter"
-        found[path] = name if name not in (*found.values(), _RESULT) else f"{name}-{len(found) + 1}"
+        found[given] = name if name not in (*found.values(), _RESULT) else f"{name}-{len(found) + 1}"
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from trimtab.errors import RowError
 from trimtab.progress import Silent
 from trimtab.report.number_format import PERCENTAGES
 from trimtab.runs import SystemFolder, read_json
@@ -21,6 +22,7 @@ from trimtab.runs import SystemFolder, read_json
 if TYPE_CHECKING:
     from trimtab.adapters import LoadedAdapter
     from trimtab.estimate import Estimate
+    from trimtab.generation import Prompt
     from trimtab.merging import Merge
     from trimtab.publishing import Push
     from trimtab.sampling import Sampling
@@ -182,20 +184,47 @@ def show_two(comparison: dict[str, Any]) -> None:
 def write_interactively(
     adapter: LoadedAdapter, prompts: Sequence[str] | None, sampling: Sampling, is_chat: bool | None, compare: bool
 ) -> None:
-    """Show what is written while it is written: after each of `prompts`, or after each line that is typed."""
+    """Show what is written while it is written: after each of `prompts`, or after each line of standard input.
+
+    A chat that is typed on a terminal goes on from what was said before, as far back as the model has room for.
+    """
 
     def tell(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    for prompt in prompts if prompts is not None else _typed_lines():
+    def write(asked: Prompt) -> str:
         if compare:
             tell("base:  ")
             with adapter.disable():
-                adapter.generate([prompt], sampling, is_chat=is_chat, on_text=tell)
+                adapter.generate([asked], sampling, is_chat=is_chat, on_text=tell)
             tell("\ntuned: ")
-        adapter.generate([prompt], sampling, is_chat=is_chat, on_text=tell)
+        (answer,) = adapter.generate([asked], sampling, is_chat=is_chat, on_text=tell)
         tell("\n")
+        return answer
+
+    in_chat = adapter.facts.get("is_chat") if is_chat is None else is_chat
+    if prompts is None and in_chat and sys.stdin.isatty() and not adapter.scorer.task.writes_answers:
+        _chat(write)
+        return
+    for prompt in prompts if prompts is not None else _typed_lines():
+        write(prompt)
+
+
+def _chat(write: Callable[[Prompt], str]) -> None:
+    """Answer what is typed, each after all that was said; what was said first is forgotten where there is no room."""
+    turns: list[dict[str, str]] = []
+    for line in _typed_lines():
+        turns.append({"role": "user", "content": line})
+        while True:
+            try:
+                answer = write(turns)
+                break
+            except RowError:  # too long for the model's positions
+                if len(turns) == 1:
+                    raise
+                del turns[:2]
+        turns.append({"role": "assistant", "content": answer})
 
 
 def _typed_lines() -> Iterator[str]:
@@ -214,8 +243,8 @@ def _typed_lines() -> Iterator[str]:
 def show_merge(merge: Merge, out: Path) -> None:
     told = _output()
     told.print(
-        f"on {merge.rows} test rows outputs differ by up to {merge.max_abs_difference:.1e} (at most {merge.bound:g} in "
-        f"{merge.dtype}); {merge.metric} {merge.before:.4f} with the adapter, {merge.after:.4f} merged"
+        f"on {merge.rows} test rows outputs differ by up to {merge.max_abs_difference:.1e} (at most {merge.bound:.2g} "
+        f"in {merge.dtype}); {merge.metric} {merge.before:.4f} with the adapter, {merge.after:.4f} merged"
     )
     if merge.quantize != "none" and merge.trained is not None:
         told.print(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 from peft.utils import get_peft_model_state_dict
 
+from trimtab.adapters.files import saves_embeddings
 from trimtab.adapters.merged import is_narrow
 from trimtab.engine.batches import Collator
 from trimtab.engine.fused import native
@@ -169,7 +170,8 @@ def _saved_parameters(peft_model: Any, new_modules: Sequence[str]) -> int:
     if config.is_prompt_learning:
         a_token: int = config.token_dim * (2 * config.num_layers if config.peft_type == "PREFIX_TUNING" else 1)
         return int(heads + config.num_virtual_tokens * a_token)
-    saved = get_peft_model_state_dict(peft_model).items()
+    embeddings = saves_embeddings(peft_model, config, has_more_tokens=False)
+    saved = get_peft_model_state_dict(peft_model, save_embedding_layers=embeddings).items()
     held = sum(value.numel() for name, value in saved if not any(f".{module}." in name for module in new_modules))
     if config.peft_type == "SHIRA":  # with each number its row and its column
         held *= 3

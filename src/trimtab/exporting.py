@@ -76,7 +76,7 @@ def difference_from_llama_cpp(
     The texts are tokenised by each program itself, so that another tokenizer shows.
     """
     server = _start_llama_cpp(file, max_length_tokens)
-    largest = 0.0
+    differences: list[float] = []
     for number, text in enumerate(texts, 1):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
@@ -87,9 +87,9 @@ def difference_from_llama_cpp(
         if "choices" not in answer:
             raise MergeError(f"llama.cpp cannot run {file.name}: {answer}")
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        largest = max(largest, *(abs(float(wanted[found["id"]]) - found["logprob"]) for found in top))
+        differences += [abs(float(wanted[found["id"]]) - found["logprob"]) for found in top]
         progress.advance(number, len(texts), "texts")
-    return largest
+    return float(torch.tensor(differences).max())  # one that is no number stays
 
 
 def _start_llama_cpp(file: Path, max_length_tokens: int) -> Any:

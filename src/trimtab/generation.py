@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from trimtab.engine.batches import pad_right, plan_batches
-from trimtab.engine.forward import use_stock_attention
+from trimtab.engine.forward import usable_length, use_stock_attention
+from trimtab.errors import DataError, RowError
 from trimtab.progress import Progress
 from trimtab.sampling import Sampling
 from trimtab.tasks.examples import Example
+
+# A text to go on from, or the turns of a chat to answer, each with `role` and `content`.
+Prompt = str | Sequence[Mapping[str, str]]
 
 # Tokens of sources and answers that are held at once.
 _ANSWER_TOKENS_PER_BATCH = 4096
@@ -43,9 +47,47 @@ def continue_prompts(
             attention_mask=mask.to(device),
             pad_token_id=pad,
             streamer=_streamer(tokenizer, on_text),
-            **sampling.settings(prompts),
+            **sampling.settings(prompts, tokenizer),
         )
     return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in written.tolist()]
+
+
+def encode_chat(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens of a chat in the tokenizer's template, up to where the assistant answers.
+
+    Raises:
+        DataError: the template refuses the chat.
+    """
+    try:
+        found = tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # templates raise what they like
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"the tokenizer's chat template refuses this chat ({reason}); change its turns") from error
+    ids: list[int] = found["input_ids"]
+    return ids
+
+
+def check_room(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, reserved: int = 0) -> None:
+    """Refuse prompts (token ids) that a model cannot go on from.
+
+    Args:
+        reserved: positions that the method's own tokens take.
+
+    Raises:
+        RowError: the first prompt, by its number, without a token, or with fewer than `max_new_tokens` positions left.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise RowError(str(number), "the prompt gives no token to go on from, and this tokenizer starts a text "
+                                        "with none; give some text")  # fmt: skip
+        wanted = len(prompt) + max_new_tokens
+        most = usable_length(model, wanted, reserved)
+        if most < wanted:
+            raise RowError(
+                str(number),
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the {most} that this "
+                "model has positions for; shorten it, or lower max_new_tokens",
+            )
 
 
 def write_answers(
@@ -70,7 +112,7 @@ def write_answers(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 streamer=_streamer(tokenizer, on_text),
-                **sampling.settings([sources[row] for row in rows]),
+                **sampling.settings([sources[row] for row in rows], tokenizer),
             )
         texts = tokenizer.batch_decode(written.tolist(), skip_special_tokens=True)
         answers |= dict(zip(rows, map(str.strip, texts), strict=True))

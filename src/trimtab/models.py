@@ -30,13 +30,15 @@ class BaseModel:
     """A stock transformers model with a task's head, in eval mode, its tokenizer, and its origin.
 
     `new_modules` are those whose weights the source does not hold (the head, sometimes a pooler):
-    they start at random, so they must be trained and saved with the adapter.
+    they start at random, so they must be trained and saved with the adapter. `has_more_tokens` is whether the
+    embeddings were made longer than the source's.
     """
 
     model: Any
     tokenizer: Any
     source: ModelSource
     new_modules: list[str]
+    has_more_tokens: bool = False
 
     def ids_of(self, tokens: Sequence[str]) -> list[int]:
         return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
@@ -174,16 +176,21 @@ def give_padding(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def make_room_for_tokens(model: Any, tokens: int) -> None:
-    """At least so many rows of embeddings, and of a language model's head; new ones start at the others' mean."""
+def make_room_for_tokens(model: Any, tokens: int) -> bool:
+    """At least so many rows of embeddings, and of a language model's head; new ones start at the others' mean.
+
+    Returns:
+        Whether there were fewer.
+    """
     held = model.get_input_embeddings().weight.shape[0]
     if tokens <= held:
-        return
+        return False
     model.resize_token_embeddings(tokens, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None and not layer.weight.is_meta:
             with torch.no_grad():
                 layer.weight[held:] = layer.weight[:held].mean(0)
+    return True
 
 
 def load_base(
@@ -202,7 +209,7 @@ def load_base(
     import transformers
     from accelerate import PartialState
 
-    has_more_tokens = tokenizer is not None
+    is_longer = tokenizer is not None
     tokenizer = tokenizer or load_tokenizer(source)
     torch.manual_seed(seed)
     try:
@@ -226,14 +233,13 @@ def load_base(
             "they do not belong to this config.json"
         )
     give_padding(model, tokenizer)
-    if has_more_tokens:
-        make_room_for_tokens(model, len(tokenizer))
+    has_more_tokens = is_longer and make_room_for_tokens(model, len(tokenizer))
     model.requires_grad_(False)
     model.eval()
     if quantize == "none":  # bitsandbytes has put the others in their place
         model.to(PartialState().device)
     keep_float32_products(model)
-    return BaseModel(model, tokenizer, source, new_modules)
+    return BaseModel(model, tokenizer, source, new_modules, has_more_tokens)
 
 
 def _quantization_settings(quantize: Quantize) -> dict[str, Any]:

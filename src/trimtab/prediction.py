@@ -8,17 +8,19 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 from trimtab.adapters import LoadedAdapter
 from trimtab.adapters.quick_labels import QuickLabels
 from trimtab.data import Row
-from trimtab.data.reading import stream_file
+from trimtab.data.reading import ArrivingRows, stream_file
 from trimtab.engine.frozen import NumberFormat
-from trimtab.errors import DataError, StudyError
-from trimtab.evaluation.unlabelled import Record, row_without_label, text_in
+from trimtab.errors import DataError, RowError, StudyError
+from trimtab.evaluation.unlabelled import Record, Said, prompt_in, row_without_label, text_in
+from trimtab.generation import Prompt
+from trimtab.precision import use_float32
 from trimtab.progress import Progress, Silent
-from trimtab.runs import parse_jsonl, write_file
+from trimtab.runs import write_file
 from trimtab.sampling import Sampling
 
 OutputFormat = Literal["jsonl", "csv", "parquet"]
@@ -40,6 +42,8 @@ def predict_records(
 ) -> Iterator[Record]:
     """Each record with what the adapter says of it: `prediction`, and `probabilities` where it has some.
 
+    Columns of the record that have these names are replaced, which is told once; so is how many rows were cut.
+
     Args:
         records: cells by column, and the line that they came from.
         source: what errors call them.
@@ -55,24 +59,56 @@ def predict_records(
     task = adapter.scorer.task
     if not adapter.predicts:
         raise StudyError(f"{adapter.path} is a {task.name} adapter, which writes texts: try `trimtab generate`")
-    listener, done = progress or Silent(), 0
+    listener, done, cut = progress or Silent(), 0, 0
     columns = adapter.facts.get("columns", {})
     pair_column = text_pair_column or columns.get("text_pair")
-    stream = iter(records)
     quick: QuickLabels | None = None
-    while chunk := list(itertools.islice(stream, ROWS_AT_ONCE)):
+    replaced: set[str] = set()
+    for chunk in _in_chunks(records, ROWS_AT_ONCE, measured=precision != "float32"):
         text_column = text_column or _found_in(chunk[0][0], columns.get("text"))
         rows = [
             row_without_label(task.name, record, f"{source}:{line}", text_column, pair_column) for record, line in chunk
         ]
         if not done:
             quick = _use_precision(adapter, precision, rows, listener)
-        for (record, _), said in zip(chunk, (quick or adapter).predict_rows(rows), strict=True):
-            yield record | said
+        found = (quick or adapter).predict_rows(rows)
+        cut += found.truncated if isinstance(found, Said) else 0
+        yield from _put_beside([record for record, _ in chunk], found, replaced, listener)
         done += len(chunk)
         listener.advance(done, done, "rows")
     if quick is not None:
         listener.note(f"{quick.again:,} of {quick.rows:,} rows were computed in float32 as well")
+    if cut:
+        listener.note(f"{cut:,} of {done:,} rows are longer than {adapter.scorer.max_length_tokens} tokens: cut there")
+
+
+def _in_chunks(
+    records: Iterable[tuple[Record, int]], most: int, *, measured: bool = False
+) -> Iterator[list[tuple[Record, int]]]:
+    """Up to `most` at a time; of a stream those that have arrived.
+
+    Args:
+        measured: something is measured on the first chunk, which then waits to be whole.
+    """
+    stream, waits = iter(records), measured
+    while chunk := (
+        records.take(most) if isinstance(records, ArrivingRows) and not waits else list(itertools.islice(stream, most))
+    ):
+        yield chunk
+        waits = False
+
+
+def _put_beside(
+    records: Sequence[Record], found: Sequence[Record], replaced: set[str], progress: Progress
+) -> Iterator[Record]:
+    """Each record with what was found; tells the columns that are lost by it, once, and adds them to `replaced`."""
+    lost = {name for record, said in zip(records, found, strict=True) for name in record.keys() & said.keys()
+            if record[name] != said[name]} - replaced  # fmt: skip
+    if lost:
+        names = ", ".join(map(repr, sorted(lost)))
+        progress.note(f"what the adapter says replaces columns of the input: {names}; rename them to keep both")
+        replaced |= lost
+    yield from (record | said for record, said in zip(records, found, strict=True))
 
 
 def _use_precision(
@@ -80,7 +116,9 @@ def _use_precision(
 ) -> QuickLabels | None:
     if precision == "auto":
         return QuickLabels(adapter, rows, progress) if QuickLabels.serves(adapter) else None
-    if precision != "float32":
+    if precision == "float32":  # whatever it was left in
+        use_float32(adapter.scorer.choice.forward)
+    else:
         adapter.compute_in(precision, rows, progress)
     return None
 
@@ -98,48 +136,71 @@ def generate_records(
 ) -> Iterator[Record]:
     """Each record with what the adapter writes after its text, as `generated`; and the base, as `base`, to `compare`.
 
+    Where the column holds chats, their next turn is written: a last one of the assistant's is left out.
+
     Raises:
-        DataError: a record without a text (with its line).
+        DataError: a record without a text or chat, or with one that cannot be gone on from (with its line).
         AdapterError: an adapter that writes nothing.
     """
     listener, done = progress or Silent(), 0
-    stream = iter(records)
-    while chunk := list(itertools.islice(stream, _PROMPTS_AT_ONCE)):
+    read = text_in if adapter.scorer.task.writes_answers else prompt_in
+    replaced: set[str] = set()
+    for chunk in _in_chunks(records, _PROMPTS_AT_ONCE):
         text_column = text_column or _found_in(chunk[0][0], adapter.facts.get("columns", {}).get("text"))
-        prompts = [text_in(record, f"{source}:{line}", text_column) for record, line in chunk]
-        tuned = adapter.generate(prompts, sampling, is_chat=is_chat)
+        prompts = [(place := f"{source}:{line}", read(record, place, text_column)) for record, line in chunk]
+        tuned = _write(adapter, prompts, sampling, is_chat)
         base: list[str] = []
         if compare:
             with adapter.disable():
-                base = adapter.generate(prompts, sampling, is_chat=is_chat)
-        for place, (record, _) in enumerate(chunk):
-            yield record | {"generated": tuned[place]} | ({"base": base[place]} if compare else {})
+                base = _write(adapter, prompts, sampling, is_chat)
+        found = [{"generated": text} | ({"base": base[place]} if compare else {}) for place, text in enumerate(tuned)]
+        yield from _put_beside([record for record, _ in chunk], found, replaced, listener)
         done += len(chunk)
         listener.advance(done, done, "prompts")
+
+
+def _write(
+    adapter: LoadedAdapter, prompts: Sequence[tuple[str, Prompt]], sampling: Sampling | None, is_chat: bool | None
+) -> list[str]:
+    """What is written after prompts, each given with its place, which errors name."""
+    try:
+        return adapter.generate([prompt for _, prompt in prompts], sampling, is_chat=is_chat)
+    except RowError as error:
+        raise RowError(prompts[int(error.row_id) - 1][0], error.problem) from error
 
 
 def _found_in(record: Record, column: str | None) -> str | None:
     return column if column in record else None
 
 
-def read_records(source: str, stdin: IO[str] | None = None) -> Iterator[tuple[Record, int]]:
+def read_records(source: str, stdin: IO[bytes] | None = None) -> Iterable[tuple[Record, int]]:
     """The rows of a file, or of standard input: JSON objects, or a plain text a line.
+
+    Of a file the first row is read at once, so that one that cannot be used is told before anything is loaded.
 
     Raises:
         DataError, SourceError: as for training data, with file and line.
     """
-    if source != STREAM:
-        yield from stream_file(Path(source).expanduser())
-        return
-    lines = stdin or sys.stdin
-    first = next((line for line in lines if line.strip()), None)
-    if first is None:
-        raise DataError("standard input holds no rows; give a text on each line, or JSON objects")
-    whole = itertools.chain([first], lines)
-    if first.lstrip().startswith("{"):
-        yield from parse_jsonl(whole, Path("stdin"))
-    else:
-        yield from (({"text": line.rstrip("\n")}, number) for number, line in enumerate(whole, 1) if line.strip())
+    if source == STREAM:
+        return ArrivingRows(stdin or sys.stdin.buffer)
+    rows = stream_file(Path(source).expanduser(), is_labelled=False)
+    return itertools.chain([next(rows)], rows)
+
+
+def check_output(out: str, output_format: OutputFormat | None = None) -> OutputFormat:
+    """The format that records will be written in: told by the file's name, if missing.
+
+    Raises:
+        DataError: a format that is not known by its name, or that is no stream of text.
+    """
+    if out == STREAM and output_format == "parquet":
+        raise DataError("Parquet is no stream of text; give a file: --out found.parquet")
+    if out == STREAM:
+        return output_format or "jsonl"
+    found = output_format or Path(out).suffix.removeprefix(".").lower()
+    if found not in _WRITERS:
+        raise DataError(f"{out}: format not known by its name; use {', '.join(_WRITERS)}, or --format")
+    return cast(OutputFormat, found)
 
 
 def write_records(records: Iterable[Record], out: str, output_format: OutputFormat | None = None) -> int:
@@ -149,16 +210,12 @@ def write_records(records: Iterable[Record], out: str, output_format: OutputForm
         output_format: told by the file's name, if missing; CSV has a column for each probability.
 
     Raises:
-        DataError: a format that is not known by its name.
+        DataError: as `check_output`, or columns that the format cannot hold.
     """
-    if out == STREAM and output_format == "parquet":
-        raise DataError("Parquet is no stream of text; give a file: --out found.parquet")
+    found = check_output(out, output_format)
     if out == STREAM:
-        return _WRITERS[output_format or "jsonl"](records, sys.stdout)
+        return _WRITERS[found](records, sys.stdout)
     path = Path(out).expanduser()
-    found = output_format or path.suffix.removeprefix(".").lower()
-    if found not in _WRITERS:
-        raise DataError(f"{out}: format not known by its name; use {', '.join(_WRITERS)}, or --format")
     count = 0
 
     def write(temporary: Path) -> None:
@@ -191,6 +248,8 @@ def _write_csv(records: Iterable[Record], file: IO[str]) -> int:
             writer = csv.DictWriter(file, list(record))
             writer.writeheader()
         writer.writerow(record)
+        if file is sys.stdout:
+            file.flush()
     return count
 
 

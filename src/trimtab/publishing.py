@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from trimtab.adapters.files import check_folder, write_facts
 from trimtab.errors import AdapterError, SourceError
 from trimtab.progress import Progress, Silent
 from trimtab.runs import TrialFolder, read_json, write_json
-from trimtab.sources import hub_id_of
+from trimtab.sources import ADAPTER_FILES, hub_id_of, say_refusal
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,9 @@ def push_adapter(
     if "/" not in repository:
         raise SourceError(f"{repository!r} names no owner; give owner/name")
     _check_card(adapter)
-    own = {*facts["files"], TrialFolder.facts_in(adapter).name, "README.md"} if facts else None
+    own = [*facts["files"], TrialFolder.facts_in(adapter).name, "README.md"] if facts else ADAPTER_FILES
     files = {path.name: path.stat().st_size for path in sorted(adapter.iterdir())
-             if path.is_file() and (own is None or path.name in own)}  # fmt: skip
+             if path.is_file() and any(path.match(pattern) for pattern in own)}  # fmt: skip
     if dry_run:
         return Push(repository, files, None)
     listener.stage(f"Sending {len(files)} files to {repository}")
@@ -78,9 +77,9 @@ def push_adapter(
     except OfflineModeIsEnabled as error:
         raise SourceError("HF_HUB_OFFLINE is set, so nothing can be sent; unset it, or try --dry-run") from error
     except HfHubHTTPError as error:
-        first = str(error).strip().splitlines()[0]
-        hint = "" if os.environ.get("HF_TOKEN") else "; log in with `hf auth login`, or set HF_TOKEN"
-        raise SourceError(f"{repository} cannot be written on the Hub: {first}{hint}") from error
+        raise SourceError(
+            f"{repository} cannot be written on the Hub: {say_refusal(error, 'adapter', repository)}"
+        ) from error
     except ValueError as error:
         raise AdapterError(f"the Hub refuses the model card: {' '.join(str(error).split())}; mend it") from error
     except Exception as error:  # by the client's version, those of one HTTP library or another
@@ -89,22 +88,26 @@ def push_adapter(
 
 
 def _copy(adapter: Path, files: Iterable[str], target: Path, facts: Mapping[str, Any]) -> None:
-    """What is sent: peft's config names the base as others find it, not where it lay on this machine."""
+    """What is sent names the base as others find it, not where it lay on this machine."""
     for name in files:
         shutil.copyfile(adapter / name, target / name)
-    config = target / CONFIG_NAME
-    if not facts or not config.is_file():
+    if not facts:
         return
-    known = read_json(config)
-    known["base_model_name_or_path"] = hub_id_of(facts["base"]) or Path(facts["base"]).name
-    write_json(config, known)
-    write_facts(target, {name: value for name, value in facts.items() if name != "files"})
+    config, base = target / CONFIG_NAME, facts["base"]
+    on_hub = hub_id_of(base)
+    elsewhere = on_hub or f"./{Path(base).name}"  # no name that the Hub could take for one of its own
+    if config.is_file():
+        write_json(config, read_json(config) | {"base_model_name_or_path": elsewhere})
+    write_facts(target, {**facts, "base": base if on_hub else elsewhere})
 
 
 def _check_card(adapter: Path) -> None:
     card = adapter / "README.md"
     if not card.is_file():
-        raise AdapterError(f"{adapter} has no model card (README.md); trimtab report RUN writes it")
+        raise AdapterError(
+            f"{adapter} has no model card (README.md); trimtab report RUN writes those of a run, "
+            "others are yours to write"
+        )
     try:
         ModelCard.load(card)
     except (ValueError, TypeError, yaml.YAMLError) as error:

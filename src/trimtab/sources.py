@@ -6,28 +6,25 @@ What is inside the files is read by `models` and `data`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from trimtab.cache import cache_folder
-from trimtab.errors import SourceError, TrimtabError
+from trimtab.errors import SourceError
 from trimtab.progress import Progress
-from trimtab.runs import TrialFolder, read_json, write_json
+from trimtab.runs import TrialFolder, read_json
 from trimtab.starters import PREFIX, STARTERS, Starter, fetch_starter, get_starter
 
-_COMMIT = re.compile(r"^[0-9a-f]{40}$")  # the one kind of revision that never moves
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 # What a model or an adapter is made of; in a repository, weights in other formats lie beside these.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_ADAPTER_FILES = (*_MODEL_FILES, "README.md")
-_SETTLED_SECONDS = 2.0
+ADAPTER_FILES = (*_MODEL_FILES, "README.md")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece.*")
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -47,9 +44,26 @@ class ModelSource:
         is_folder = not self.name.startswith(PREFIX) and Path(self.name).expanduser().is_dir()
         return self.location if is_folder else self.name
 
+    @property
+    def hub_id(self) -> str | None:
+        """Its repository on the Hub; None for a folder or a starter."""
+        is_here = self.name.startswith(PREFIX) or Path(self.name).expanduser().is_dir()
+        return None if is_here else self.name.partition("@")[0]
+
+    @property
+    def commit(self) -> str | None:
+        """What of its repository is here, where it is one on the Hub."""
+        folder = Path(self.location) if self.is_local else _kept_snapshot(self.location, "config.json")
+        return folder.name if self.hub_id and folder and is_commit(folder.name) else None
+
 
 def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def is_commit(revision: str) -> bool:
+    """Whether it is a revision that never moves."""
+    return _COMMIT.match(revision) is not None
 
 
 def locate_model(source: str, progress: Progress) -> ModelSource:
@@ -70,15 +84,15 @@ def locate_model(source: str, progress: Progress) -> ModelSource:
             f"(owner/name), or one of: {_starters('model')}"
         )
     name, _, revision = source.partition("@")
-    if revision:
-        with _hub_errors("model", source):
-            return ModelSource(source, str(_fetch_files(name, revision, _MODEL_FILES)), True)
-    from huggingface_hub import hf_hub_download
-
-    kept = _kept_snapshot(source)
-    if kept is not None and _is_complete(kept):  # what was fetched once is not asked for again
-        return ModelSource(source, str(kept), True)
+    if not revision or is_commit(revision):
+        kept = _kept_snapshot(name, "config.json", revision or None)
+        if kept is not None and _is_complete(kept):  # what was fetched once is not asked for again
+            return ModelSource(source, str(kept), True)
     with _hub_errors("model", source):
+        if revision:
+            return ModelSource(source, str(_fetch_model(name, revision)), True)
+        from huggingface_hub import hf_hub_download
+
         hf_hub_download(source, "config.json")
     return ModelSource(source, source, False)
 
@@ -87,7 +101,7 @@ def hub_id_of(base: str) -> str | None:
     """The base on the Hub: its own id, or the twin of a starter; None for a folder."""
     if base.startswith(PREFIX):
         return get_starter(base, "model").hub_twin
-    is_id = "/" in base and not Path(base).expanduser().exists() and _HUB_ID.match(base)
+    is_id = not Path(base).expanduser().exists() and _HUB_ID.match(base)
     return base.partition("@")[0] if is_id else None
 
 
@@ -102,12 +116,13 @@ def locate_adapter(source: str | Path) -> Path:
     if path.exists() or isinstance(source, Path) or "/" not in text or not _HUB_ID.match(text):
         return path
     name, _, revision = text.partition("@")
-    if not revision or _COMMIT.match(revision):
-        kept = _kept_snapshot(name, revision or None)
-        if kept is not None and _is_complete_adapter(kept):
-            return kept
+    if not revision or is_commit(revision):
+        for config in ("adapter_config.json", "config.json"):
+            kept = _kept_snapshot(name, config, revision or None)
+            if kept is not None and _is_complete_adapter(kept):
+                return kept
     with _hub_errors("adapter", text):
-        return _fetch_files(name, revision or None, _ADAPTER_FILES)
+        return _fetch_files(name, revision or None, ADAPTER_FILES)
 
 
 def _fetch_files(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -144,6 +159,11 @@ def _hub_errors(kind: str, source: str) -> Iterator[None]:
 
     try:
         yield
+    except SourceError:
+        raise
+    except HfHubHTTPError as error:
+        reason = say_refusal(error, kind, source)
+        raise SourceError(f"{kind} {source!r} cannot be had from the Hub: {reason}") from error
     except LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set" if offline() else "the Hub cannot be reached"
         starters = f", or start with one of: {_starters('model')}" if kind == "model" else ""
@@ -151,26 +171,37 @@ def _hub_errors(kind: str, source: str) -> Iterator[None]:
             f"{kind} {source!r} is neither a folder here nor in the Hub cache, and {reason}; "
             f"give a local folder{starters}"
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise SourceError(f"{kind} {source!r} cannot be had from the Hub: {first}") from error
+    except Exception as error:  # by the client's version, those of one HTTP library or another
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(
+            f"{kind} {source!r} cannot be had from the Hub: {first}; "
+            "try again: files that came whole are not fetched anew"
+        ) from error
+
+
+def say_refusal(error: Any, kind: str, source: str) -> str:
+    """Why the Hub does not give or take something, and what helps: the client's own words stand on many lines."""
+    from huggingface_hub import errors
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    status = f"{error.response.status_code}, "
+    if isinstance(error, errors.GatedRepoError):
+        return f"{status}its owner gives access on request; ask for it on its page, then {log_in}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{status}no such repository, or a private one; check the name, or {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{status}it has no revision {source.partition('@')[2]!r}; leave @… away for the newest"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"{status}it holds no config.json, so it is no {kind}"
+    if error.response.status_code in (401, 403):
+        return f"{status}{error.server_message or 'no access'}; {log_in}"
+    return str(error).strip().splitlines()[0]
 
 
 def locate_data_starter(source: str, progress: Progress) -> tuple[Starter, Path]:
     """The starter that `source` names, and its folder."""
     starter = get_starter(source, "data")
     return starter, fetch_starter(starter, progress)
-
-
-def fingerprint_files(paths: list[Path]) -> str:
-    """SHA-256 over the bytes of `paths`, in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda path: path.name):
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def weight_files(source: ModelSource, fetch: bool = True) -> list[Path]:
@@ -184,27 +215,34 @@ def weight_files(source: ModelSource, fetch: bool = True) -> list[Path]:
     """
     if source.is_local:
         return _weights_in(Path(source.location))
-    folder = _kept_snapshot(source.location)
+    folder = _kept_snapshot(source.location, "config.json")
     kept = [] if folder is None else _weights_in(folder)
     if _are_whole(kept) or not fetch:
         return kept
     with _hub_errors("model", source.name):
-        files = _weights_in(_fetch_files(source.location, None, _MODEL_FILES))
-        files = files or _weights_in(_fetch_files(source.location, None, (*_MODEL_FILES, *_WEIGHTS)))
-    if not files:
-        raise SourceError(f"{source.name} holds no weights on the Hub ({', '.join(_WEIGHTS)}); give another model")
-    return files
+        return _weights_in(_fetch_model(source.location, None))
 
 
-def _kept_snapshot(name: str, revision: str | None = None) -> Path | None:
-    """The folder in the Hub's cache that holds what was fetched of a repository, all of it or a part."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _fetch_model(name: str, revision: str | None) -> Path:
+    """A model's files at the top of its repository: weights in other formats only where there are no safetensors."""
+    folder = _fetch_files(name, revision, _MODEL_FILES)
+    if not _weights_in(folder):
+        folder = _fetch_files(name, revision, (*_MODEL_FILES, *_WEIGHTS))
+    if not _weights_in(folder):
+        raise SourceError(f"{name} holds no weights on the Hub ({', '.join(_WEIGHTS)}); give another model")
+    return folder
+
+
+def _kept_snapshot(name: str, config: str, revision: str | None = None) -> Path | None:
+    """The folder in the Hub's cache that holds what was fetched of a repository, all of it or a part, by its config."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+        found = try_to_load_from_cache(name, config, revision=revision)
+    except HFValidationError:  # no such name can be fetched, which says it
         return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _is_complete(folder: Path) -> bool:
@@ -230,23 +268,3 @@ def _are_whole(files: Sequence[Path]) -> bool:
 
 def _weights_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(path for kind in _WEIGHTS for path in folder.glob(kind))
-
-
-def fingerprint_model(source: ModelSource) -> str:
-    """SHA-256 over the weight files of a base model; kept, and told again while the files' stamps stay as they are."""
-    files = weight_files(source)
-    stamps = [path.stat() for path in files]
-    stamp = [[path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-             for path, stat in zip(files, stamps, strict=True)]  # fmt: skip
-    place = hashlib.sha256(str([path.resolve() for path in files]).encode()).hexdigest()[:32]
-    kept = cache_folder() / "fingerprints" / f"{place}.json"
-    with suppress(OSError, TrimtabError, KeyError, TypeError):
-        known = read_json(kept)
-        if known["stamp"] == stamp:
-            return str(known["sha256"])
-    found = fingerprint_files(files)
-    # A file that was changed a moment ago could be changed again within the same tick of its stamp.
-    if all(time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS for stat in stamps):
-        with suppress(OSError, TrimtabError):  # a disk that is full costs time only
-            write_json(kept, {"stamp": stamp, "sha256": found})
-    return found

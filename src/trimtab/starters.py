@@ -28,6 +28,8 @@ from trimtab.errors import SourceError, StorageError, suggest
 from trimtab.progress import Progress
 
 PREFIX = "starter:"
+# Dequantised here: not the weights of its twin on the Hub.
+SMOLLM2 = f"{PREFIX}smollm2-135m"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from trimtab.estimate import describe, estimate_job
 from trimtab.evaluation.comparison import compare_systems
 from trimtab.evaluation.evaluate import make_scorer, read_record
 from trimtab.evaluation.prediction_files import read_predictions
+from trimtab.fingerprints import fingerprint_files, fingerprint_model
 from trimtab.job import Job
 from trimtab.machine import describe_machine, git_state, package_versions, set_threads
 from trimtab.methods import check_method, get_method, virtual_tokens_of
@@ -27,7 +28,7 @@ from trimtab.precision import choose_precision
 from trimtab.progress import Progress, Silent
 from trimtab.report import write_report
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_json
-from trimtab.sources import ModelSource, fingerprint_files, fingerprint_model, locate_model
+from trimtab.sources import ModelSource, locate_model
 from trimtab.study_config import StudyConfig
 from trimtab.tasks import Task, get_task
 from trimtab.tasks.classification import Classification, balance_classes
@@ -146,6 +147,7 @@ def _score_and_tune(job: Job, trial: TrialFolder) -> None:
         base_sha256 = fingerprint_model(job.source)
         facts = {
             "base": job.source.lasting_name,
+            "base_commit": job.source.commit,
             "base_sha256": base_sha256,
             "task": job.study.task,
             "label_names": job.data.label_names,

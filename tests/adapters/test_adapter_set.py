@@ -2,16 +2,22 @@
 
 import pytest
 import torch
+import transformers
 from peft import AdaptionPromptConfig, LNTuningConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
 from samples import Notes, run_here, tiny_config, write_reviews
+from trimtab.adapters import switching
+from trimtab.adapters.files import write_facts
 from trimtab.engine.batches import Collator
 from trimtab.errors import AdapterError
 from trimtab.evaluation.unlabelled import row_without_label
+from trimtab.fingerprints import fingerprint_model
 from trimtab.runs import RunFolder
+from trimtab.sources import ModelSource
 from trimtab.study_config import build_study
+from trimtab.tasks import get_task
 from trimtab.tasks.examples import Example
 
 TEXTS = ["a joy to watch", "a dull mess truly truly", "the worst film of the year"]
@@ -185,3 +191,54 @@ def test_no_adapter_is_asked_where_all_are_off(model_folder, tmp_path):
         loaded.predict(TEXTS, ["default"] * 3)
     assert close(probabilities(loaded, adapters=["default"] * 3), probabilities(loaded))
     assert loaded.predict([]) == []
+
+
+def save_task(base, folder, seed, task, names):
+    """An adapter of a task with random weights and head, with what Trimtab would note of it."""
+    labels, kind = len(names) or 1, get_task(task).auto_class
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind).from_pretrained(base, num_labels=labels)
+    config = LoraConfig(
+        task_type=get_task(task).peft_type, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    get_peft_model(model, config).save_pretrained(folder)
+    sha256 = fingerprint_model(ModelSource(str(base), str(base), True))
+    write_facts(folder, {"base": str(base), "base_sha256": sha256, "task": task, "label_names": names,
+                         "max_length_tokens": 32, "method": "lora", "seed": 0})  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        {"regression": [], "multilabel": ["a", "b", "c", "d"], "classification": ["x", "y"]},
+        {"token_classification": ["B-X", "I-X", "O"], "token_classification 2": ["O", "B-Y"]},
+    ],
+    ids=["sequences", "tokens"],
+)
+def test_tasks_are_mixed_in_a_batch_as_each_alone(model_folder, tmp_path, monkeypatch, tasks):
+    texts = [*TEXTS, "warm, funny and wise", "weak acting"]
+    folders = {name: save_task(model_folder("llama"), tmp_path / name, seed, name.split()[0], labels)
+               for seed, (name, labels) in enumerate(tasks.items())}  # fmt: skip
+    alone = {name: trimtab.load_adapter(folder).predict(texts) for name, folder in folders.items()}
+    (first, *others), scored = folders, []
+    loaded = trimtab.load_adapter(folders[first], name=first)
+    for name in others:
+        loaded.load(folders[name], name)
+    score = switching.score_mixed
+    monkeypatch.setattr(trimtab.adapters.loaded, "score_mixed",
+                        lambda *given: scored.append(score(*given)) or scored[-1])  # fmt: skip
+    asked = [list(folders)[number % len(folders)] for number in (1, 0, 2, 1, 0)]
+    for place, said in enumerate(loaded.predict(texts, asked)):
+        wanted = alone[asked[place]][place]
+        assert said.keys() == wanted.keys()
+        if "regression" in asked[place]:
+            assert said["prediction"] == pytest.approx(wanted["prediction"], abs=1e-5)
+        elif "token" in asked[place]:
+            assert said["prediction"] == wanted["prediction"]
+            for ours, theirs in zip(said["probabilities"], wanted["probabilities"], strict=True):
+                assert ours == pytest.approx(theirs, abs=1e-5)
+        else:
+            assert said["prediction"] == wanted["prediction"]
+            assert said["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-5)
+    assert scored[0] is not None  # in one pass, not one after the other

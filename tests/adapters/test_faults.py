@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import trimtab
 from samples import run_here, write_reviews
+from trimtab.adapters import files
 from trimtab.adapters.files import check_config, check_folder, write_facts
 from trimtab.data import read_rows
 from trimtab.errors import AdapterError, SourceError
@@ -134,6 +135,8 @@ def change_config(adapter, **changes):
          "prompt_tuning_init_state_dict_path names files outside of the adapter"),
         ({"peft_type": "XLORA", "adapters": {"0": "../other"}}, "adapters names files outside of the adapter"),
         ({"peft_type": "P_TUNING", "encoder_hidden_size": 1 << 30}, "encoder_hidden_size is 1073741824; a whole number"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4096, "token_dim": 65536, "num_layers": 65536},
+         "num_virtual_tokens times num_transformer_submodules times token_dim times num_layers is 17,592,186,044,416"),
     ],
 )  # fmt: skip
 def test_configs_name_no_other_files_and_no_huge_sizes(tmp_path, config, message):
@@ -152,7 +155,14 @@ def test_configs_name_no_other_files_and_no_huge_sizes(tmp_path, config, message
         ({"r": "8"}, "r is '8'; a whole number between 1 and 4096 is expected"),
         ({"r": 1e6}, "r is 1000000.0; a whole number"),
         ({"rank_pattern": {"q_proj": 1_000_000}}, "rank_pattern of q_proj is 1000000; a whole number between 1 and 4096"),
-        ({"layer_replication": [[0, 1]] * 5000}, "layer_replication holds more than 4096 ranges"),
+        ({"layer_replication": [[0, 1]] * 5000}, "layer_replication asks for more than 4096 layers"),
+        ({"layer_replication": [[0, 999_999]]}, "layer_replication asks for more than 4096 layers"),
+        ({"layer_replication": 5}, "layer_replication is 5; pairs of layers are expected"),
+        ({"auto_mapping": "evil.code"}, "auto_mapping names code in 'evil.code'"),
+        ({"auto_mapping": ["evil.code"]}, r"auto_mapping names code in \['evil.code'\]"),
+        ({"peft_type": ["LORA"]}, r"the installed peft has no method \['LORA'\]"),
+        ({"lora_alpha": "x"}, "lacks what adapter_config.json tells of, or has it in another shape"),
+        ({"layer_replication": [[0, 999]]}, "lacks what adapter_config.json tells of, or has it in another shape"),
         ({"eva_config": {"tokenizer": {"trust_remote_code": True}}}, "asks to run code that comes with a model"),
         ({"eva_config": [{"tokenizer": {"trust_remote_code": "yes"}}]}, "asks to run code that comes with a model"),
         ({"loftq_config": {"trust_remote_code": 1}}, "asks to run code that comes with a model"),
@@ -187,19 +197,60 @@ def test_a_pickle_in_place_of_safetensors(adapter):
 def test_paths_that_climb_out(adapter, tmp_path):
     facts = json.loads((adapter / FACTS).read_text())
     (tmp_path / "outside.json").write_text("{}")
-    from trimtab.adapters import files
-
     known = facts | {"files": facts["files"] | {"../outside.json": files.hash_file(tmp_path / "outside.json")}}
     del known["sha256"]
     (adapter / FACTS).write_text(json.dumps(known | {"sha256": files._hash_facts(known)}))
     refuse(adapter, r"names '../outside.json', outside of the adapter")
 
 
-def test_another_task_than_the_head(adapter):
-    """An adapter whose facts name another task has no such head."""
-    write_facts(adapter, json.loads((adapter / FACTS).read_text()) | {"task": "token_classification"})
-    with pytest.raises(AdapterError, match=r"lacks what .* tells of, .*score\.bias"):
+@pytest.mark.parametrize("task", ["token_classification", "causal_lm", "cooking"])
+def test_another_task_than_the_adapter_is_for(adapter, task):
+    write_facts(adapter, json.loads((adapter / FACTS).read_text()) | {"task": task})
+    with pytest.raises(
+        AdapterError, match=rf"was saved for {task}, and its {CONFIG} is for SEQ_CLS; copy the folder again"
+    ):
         trimtab.load_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda known: known["files"].pop(WEIGHTS), f"holds no SHA-256 of {WEIGHTS}; do not use it"),
+        (lambda known: known["files"].pop(CONFIG), f"holds no SHA-256 of {CONFIG}; do not use it"),
+        (lambda known: known.pop("files"), "does not tell 'files'; copy the folder again"),
+        (lambda known: known.pop("task"), "does not tell 'task'; copy the folder again"),
+        (lambda known: known.update(label_names="good"), "does not tell 'label_names'; copy the folder again"),
+        (lambda known: known.update(more="x" * (1 << 20)), "bytes, more than any needs; do not use it"),
+    ],
+)  # fmt: skip
+def test_facts_that_leave_out_what_is_checked(adapter, change, message):
+    """Signed anew, as somebody who wants a change not to be noticed would."""
+    known = json.loads((adapter / FACTS).read_text())
+    del known["sha256"]
+    change(known)
+    (adapter / FACTS).write_text(json.dumps(known | {"sha256": files._hash_facts(known)}))
+    refuse(adapter, message)
+
+
+@pytest.mark.parametrize("file", [CONFIG, FACTS])
+def test_json_that_nests_without_end(adapter, file):
+    (adapter / file).write_text("[" * 500_000)
+    if file == CONFIG:
+        write_facts(adapter, json.loads((adapter / FACTS).read_text()))
+    refuse(adapter, f"{file} is not valid JSON")
+
+
+def test_links_of_the_hubs_cache_lead_to_its_blobs_alone(adapter, tmp_path):
+    repository = tmp_path / "models--a--b"
+    there = shutil.copytree(adapter, repository / "snapshots" / "0123")
+    (repository / "blobs").mkdir()
+    (there / WEIGHTS).rename(repository / "blobs" / "weights")
+    (there / WEIGHTS).symlink_to(repository / "blobs" / "weights")
+    assert trimtab.load_adapter(there)
+    (there / WEIGHTS).unlink()
+    (repository / "blobs" / "weights").rename(repository / "weights")
+    (there / WEIGHTS).symlink_to(repository / "weights")
+    refuse(there, "outside of the adapter; copy the file itself")
 
 
 def test_no_pad_token_gives_the_same_alone_as_in_a_batch(finished, model_folder, tmp_path):
@@ -217,6 +268,7 @@ def test_no_pad_token_gives_the_same_alone_as_in_a_batch(finished, model_folder,
     loaded = trimtab.load_adapter(RunFolder(tmp_path / "run").trial("lora", 0).adapter)
     assert loaded.scorer.base.tokenizer.pad_token == "[SEP]"
     texts = [row.text for row in read_rows(finished.test_rows)][:16]
+    assert len(texts) == 16
     together = loaded.predict(texts)
     for text, said in zip(texts, together, strict=True):
         assert loaded.predict([text])[0]["probabilities"] == pytest.approx(said["probabilities"], abs=1e-5)

@@ -1,69 +1,125 @@
-"""Saved folders through transformers' own adapter calls, with no Trimtab code in the way."""
+"""Saved folders through transformers' own adapter calls, beside the logits that Trimtab gives."""
+
+import csv
+import shutil
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from samples import run_here, write_reviews, write_tales
-from trimtab.runs import RunFolder, read_jsonl
+import trimtab
+from samples import run_here, write_tales
+from trimtab.adapters.files import write_facts
+from trimtab.data import Row
+from trimtab.engine.batches import Collator
+from trimtab.runs import RunFolder, read_json
 from trimtab.study_config import build_study
+from trimtab.tasks.examples import Example
+
+TEXTS = ["a joy to watch", "a dull mess number 4", "the best film of the year truly truly", "weak acting and no story"]
 
 
-@pytest.fixture(scope="module", params=["classification", "causal_lm"])
-def tuned(request, tmp_path_factory, model_folder):
-    """The adapter, a function that loads its base, and inputs with what transformers gives for the base alone."""
-    folder, is_labels = tmp_path_factory.mktemp("transformers"), request.param == "classification"
-    auto = AutoModelForSequenceClassification if is_labels else AutoModelForCausalLM
-    base = model_folder("llama", "AutoModel" if is_labels else "AutoModelForCausalLM")
-    data = write_reviews(folder / "data.csv") if is_labels else write_tales(folder / "data.jsonl")
-    run_here(build_study({"model": str(base), "task": request.param, "train_data": str(data), "num_train_epochs": 2,
-                          "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3,
-                          "out": str(folder / "run")}))  # fmt: skip
-    run = RunFolder(folder / "run")
-    trial = run.trial("lora", 0)
-    tokenizer = AutoTokenizer.from_pretrained(trial.adapter)
-    texts = [row["text"] for row in read_jsonl(run.test_rows)][:8]
-    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+class Tuned(NamedTuple):
+    """An adapter of a run, another one of the same base, and how to load them with transformers alone."""
 
-    def load(path):
-        model = auto.from_pretrained(path).eval()
-        model.config.pad_token_id = tokenizer.pad_token_id
+    folder: Any
+    other: Any
+    base: Any
+    auto: Any
+    labels: dict[str, int]
+
+    def load(self, path):
+        model = self.auto.from_pretrained(path, **self.labels).eval()
+        model.config.pad_token_id = AutoTokenizer.from_pretrained(self.folder).pad_token_id
         return model
 
-    def outputs(model):
+    def logits(self, model):
+        """[texts, labels], or [tokens, vocabulary], of a padded batch."""
+        batch = AutoTokenizer.from_pretrained(self.folder)(TEXTS, padding=True, return_tensors="pt")
         with torch.no_grad():
-            return model(**inputs).logits
+            found = model(**batch).logits
+        return found if self.labels else found[batch["attention_mask"].bool()]
 
-    return trial, base, load, outputs, is_labels
+    def trimtabs(self, folder):
+        """The same from `load_adapter`, through Trimtab's own forward."""
+        loaded = trimtab.load_adapter(folder)
+        if self.labels:
+            return loaded.scorer.score(loaded.scorer.encode([Row(text, text, label=0) for text in TEXTS])).outputs
+        ids = [loaded.scorer.base.tokenizer(text)["input_ids"] for text in TEXTS]
+        examples = [Example(text, None, list(range(len(text))), [0] * len(text)) for text in ids]
+        forward = loaded.scorer.choice.forward
+        with torch.no_grad():
+            return torch.cat([forward.logits(Collator(examples, True, 0, 0).collate([n])) for n in range(len(ids))])
+
+
+def write_three(path):
+    """Reviews of three kinds."""
+    kinds = {"good": "a joy to watch", "bad": "a dull mess", "fine": "the best film of the year"}
+    with path.open("w", newline="") as file:
+        rows = [[f"{kinds[label]} number {number}", label] for number in range(60) for label in kinds]
+        csv.writer(file).writerows([["text", "label"], *rows])
+    return path
+
+
+@pytest.fixture(scope="module", params=["llama", "bert", "causal_lm"])
+def tuned(request, tmp_path_factory, model_folder):
+    folder, is_labels = tmp_path_factory.mktemp("transformers"), request.param != "causal_lm"
+    base = model_folder(request.param) if is_labels else model_folder("llama", "AutoModelForCausalLM")
+    data = write_three(folder / "data.csv") if is_labels else write_tales(folder / "data.jsonl")
+    run_here(build_study({"model": str(base), "task": "classification" if is_labels else "causal_lm",
+                          "train_data": str(data), "num_train_epochs": 2, "tokens_per_batch": 256,
+                          "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")}))  # fmt: skip
+    adapter, other = RunFolder(folder / "run").trial("lora", 0).adapter, folder / "other"
+    shutil.copytree(adapter, other)
+    weights = {name: value * (1 if "lora_A" in name else -2)
+               for name, value in load_file(adapter / "adapter_model.safetensors").items()}  # fmt: skip
+    save_file(weights, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_facts(other, read_json(other / "trimtab.json"))
+    auto = AutoModelForSequenceClassification if is_labels else AutoModelForCausalLM
+    return Tuned(adapter, other, base, auto, {"num_labels": 3} if is_labels else {})
+
+
+def equal(ours, theirs):
+    """BERT's head starts at a probe of features that hardly differ here, so it makes much of their last digits."""
+    return float((ours - theirs).abs().max()) <= 3e-5 * max(1.0, float(theirs.abs().max()))
 
 
 def test_from_pretrained_of_the_adapter_folder(tuned):
-    trial, base, load, outputs, is_labels = tuned
-    model = load(trial.adapter)
-    found = outputs(model)
-    if is_labels:
-        saved = load_file(trial.logits)["logits"][: len(found)]
-        assert torch.allclose(found, saved, atol=1e-4)
-    else:
-        assert not torch.allclose(found, outputs(load(base)), atol=1e-2)
+    found = tuned.logits(tuned.load(tuned.folder))
+    assert found.shape[1] == (3 if tuned.labels else 120)
+    assert equal(found, tuned.trimtabs(tuned.folder))
+    assert not torch.allclose(found, tuned.logits(tuned.load(tuned.base)), atol=1e-2)
 
 
-def test_load_set_disable_and_enable(tuned):
-    trial, base, load, outputs, is_labels = tuned
-    model = load(base)
-    before = outputs(model)
-    model.load_adapter(trial.adapter, adapter_name="tuned")
-    model.set_adapter("tuned")
-    assert model.active_adapters() == ["tuned"]
-    tuned_outputs = outputs(model)
-    assert torch.allclose(tuned_outputs, outputs(load(trial.adapter)), atol=1e-5)
+def test_load_adapter_on_the_base(tuned):
+    model = tuned.load(tuned.base)
+    model.load_adapter(tuned.folder)
+    assert equal(tuned.logits(model), tuned.trimtabs(tuned.folder))
+
+
+def test_set_adapter_among_two(tuned):
+    model = tuned.load(tuned.base)
+    model.load_adapter(tuned.folder, adapter_name="tuned")
+    model.load_adapter(tuned.other, adapter_name="other")
+    for name, folder in (("tuned", tuned.folder), ("other", tuned.other), ("tuned", tuned.folder)):
+        model.set_adapter(name)
+        assert model.active_adapters() == [name]
+        assert equal(tuned.logits(model), tuned.trimtabs(folder))
+    assert not torch.allclose(tuned.trimtabs(tuned.folder), tuned.trimtabs(tuned.other), atol=1e-2)
+
+
+def test_disable_adapters_and_enable_them(tuned):
+    model = tuned.load(tuned.base)
+    before = tuned.logits(model)
+    model.load_adapter(tuned.folder)
     model.disable_adapters()
-    assert torch.equal(outputs(model), before)
+    assert torch.equal(tuned.logits(model), before)
     model.enable_adapters()
-    if is_labels:  # transformers switches heads off, and leaves them so: its own set of layers differs in both calls
+    if tuned.labels:  # transformers switches heads off, and leaves them so: its own set of layers differs in both calls
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.enable_adapters(True)
-    assert torch.equal(outputs(model), tuned_outputs)
+    assert equal(tuned.logits(model), tuned.trimtabs(tuned.folder))

@@ -1,4 +1,4 @@
-"""Merged weights: exact ways back, ties, narrow files, and memory that one shard bounds."""
+"""Merged weights: exact ways back, ties, narrow files, memory that one shard bounds, and plain models of every task."""
 
 import json
 import subprocess
@@ -6,16 +6,22 @@ import sys
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from samples import tiny_config
+from samples import save_small_t5, tiny_config, write_reversals
+from trimtab.adapters.files import write_facts
 from trimtab.adapters.merged import is_narrow, widen_weights, write_merged
 from trimtab.errors import AdapterError
+from trimtab.fingerprints import fingerprint_model
+from trimtab.merging import merge_adapter
 from trimtab.progress import Silent
+from trimtab.sources import locate_model
+from trimtab.tasks import get_task
 
 TEXTS = ["a joy to watch", "a dull mess truly truly"]
 
@@ -171,3 +177,65 @@ def test_a_reload_with_stock_peft_is_the_plain_twin(model_folder, tmp_path):
     theirs = stock.state_dict()
     assert ours.keys() <= theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+# What a row of each task is; `number` tells the rows apart.
+ROWS = {
+    "token_classification": lambda number: {"tokens": ["a", "fine", "film"], "tags": ["O", "B-MOOD", "O"]},
+    "multilabel": lambda number: {"text": f"a joy number {number}", "labels": ["good"] if number % 2 else []},
+    "regression": lambda number: {"text": f"a joy number {number}", "score": number / 2},
+    "causal_lm": lambda number: {"text": f"the best film of the year number {number}"},
+    "preference": lambda number: {"prompt": f"number {number}", "chosen": "a joy", "rejected": "a dull mess"},
+}
+LABELS = {"token_classification": ["B-MOOD", "O"], "multilabel": ["bad", "fine", "good"]}
+
+
+def save_adapter_of(task, base, folder):
+    """An adapter with random weights, as stock peft writes it, with what Trimtab would note; returns its base's class."""
+    torch.manual_seed(1)
+    auto, names = getattr(transformers, get_task(task).auto_class), LABELS.get(task, [])
+    labels = {"num_labels": len(names) or 1} if get_task(task).has_probe else {}
+    targets = ["query", "value"] if (base / "config.json").read_text().count('"bert"') else None
+    config = LoraConfig(task_type=get_task(task).peft_type, target_modules=targets, init_lora_weights=False)
+    get_peft_model(auto.from_pretrained(base, **labels), config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    sha256 = fingerprint_model(locate_model(str(base), Silent()))
+    write_facts(folder, {"base": str(base), "base_sha256": sha256, "task": task, "label_names": names,
+                         "max_length_tokens": 32, "max_new_tokens": 4, "method": "lora", "seed": 0})  # fmt: skip
+    return lambda path: auto.from_pretrained(path, **labels).eval()
+
+
+@pytest.mark.parametrize(
+    ("task", "family", "dtype"),
+    [
+        ("token_classification", "bert", "float32"),
+        ("multilabel", "llama", "float32"),
+        ("regression", "bert", "float32"),
+        ("seq2seq", "t5", "float32"),
+        ("preference", "llama", "float32"),
+        ("causal_lm", "llama", "bfloat16"),
+        ("causal_lm", "gpt2", "float16"),
+    ],
+)
+def test_every_task_is_merged_and_read_by_plain_transformers(tmp_path, model_folder, task, family, dtype):
+    data, auto = tmp_path / "rows.jsonl", get_task(task).auto_class
+    if task == "seq2seq":
+        base = save_small_t5(tmp_path / "base")
+        write_reversals(data, 20, 0)
+    else:
+        base = model_folder(family, auto if "LM" in auto else "AutoModel")
+        data.write_text("".join(json.dumps(ROWS[task](number)) + "\n" for number in range(20)))
+    load = save_adapter_of(task, base, tmp_path / "adapter")
+    found = merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype, data=str(data))
+    assert found.is_equal
+    assert found.rows == 20
+    inputs = {"input_ids": torch.tensor([[5, 9, 7, 12, 6, 8]])}
+    if task == "seq2seq":
+        inputs["decoder_input_ids"] = torch.tensor([[0, 7, 9]])
+    adapted, plain = PeftModel.from_pretrained(load(base), tmp_path / "adapter").eval(), load(tmp_path / "merged")
+    assert plain.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        wanted, logits, alone = (model(**inputs).logits.float() for model in (adapted, plain, load(base)))
+    bound = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}[dtype] * max(1.0, float(wanted.abs().max()))
+    assert float((logits - wanted).abs().max()) <= bound
+    assert float((alone - wanted).abs().max()) > 4 * bound

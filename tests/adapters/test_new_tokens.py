@@ -1,16 +1,18 @@
 """Tokens that a base does not have: trained, saved, read back by Trimtab and by stock peft, and merged."""
 
 import csv
+import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import trimtab
-from samples import run_here, write_reviews
+from samples import run_here, tiny_config, write_reviews
 from trimtab.errors import AdapterError, StudyError
+from trimtab.methods import attach_adapter
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_json
 from trimtab.study import check_study
@@ -57,7 +59,8 @@ def finished(base, data, tmp_path_factory):
 def logits_of(model, tokenizer):
     model.eval()
     with torch.no_grad():
-        return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
+        found = [model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS]
+        return torch.cat([logits.flatten(0, -2) for logits in found])
 
 
 def scored(loaded):
@@ -131,3 +134,66 @@ def test_what_cannot_be_trained_is_refused_before_weights_are_read(base, data, t
             check_study(build_study(settings(base, data, out=str(tmp_path / "run")) | changes), Silent())
     finally:
         (base / "hidden.safetensors").rename(base / "model.safetensors")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def language(request, tmp_path_factory, model_folder):
+    """A language model that was taught to write new tokens; whether its head is its embeddings."""
+    folder = tmp_path_factory.mktemp("language")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("llama"))
+    torch.manual_seed(0)
+    config = tiny_config("llama", vocab_size=len(tokenizer), tie_word_embeddings=request.param)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    rows = [{"prompt": f"number {number % 10}", "completion": f"{NEW[number % 2]} a joy"} for number in range(80)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study = settings(folder / "base", folder / "rows.jsonl", task="causal_lm", out=str(folder / "run"),
+                     learning_rate=0.02, num_train_epochs=6)  # fmt: skip
+    comparison = run_here(build_study(study))
+    return request.param, folder / "base", RunFolder(folder / "run").trial("lora", 0).adapter, comparison
+
+
+def longer_base(base, tokenizer, seed):
+    """As a user of stock peft makes it: new rows, of the head as well, are transformers' own random ones."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return model
+
+
+def test_a_language_model_learns_to_write_them(language, tmp_path):
+    """Their rows of the head are trained and saved, too, so that stock peft writes them with the same logits."""
+    is_tied, base, adapter, comparison = language
+    assert comparison["reload"]["passed"]
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as saved:
+        layers = {name.split(".token_adapter")[0].rpartition(".")[2]: saved.get_tensor(name)
+                  for name in saved.keys() if "token_adapter" in name}  # noqa: SIM118  # fmt: skip
+        assert not [name for name in saved.keys() if name.endswith(("lm_head.weight", "tokens.weight"))]  # noqa: SIM118
+    assert layers.keys() == ({"embed_tokens"} if is_tied else {"embed_tokens", "lm_head"})
+    start = AutoModelForCausalLM.from_pretrained(base).get_output_embeddings().weight.detach().mean(0)
+    for rows in layers.values():
+        assert rows.shape[0] == len(NEW)
+        assert float((rows - start).abs().max()) > 0.01
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    loaded = trimtab.load_adapter(adapter)
+    loaded.peft_model.get_base_model().set_attn_implementation("eager")
+    ours = logits_of(loaded.peft_model, tokenizer)
+    for seed in (1, 2):
+        stock = PeftModel.from_pretrained(longer_base(base, tokenizer, seed), adapter)
+        torch.testing.assert_close(logits_of(stock, tokenizer), ours, atol=1e-5, rtol=1e-5)
+    trimtab.merge(adapter, tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(plain, tokenizer), ours, atol=1e-5, rtol=1e-5)
+    places = tokenizer.convert_tokens_to_ids(NEW)
+    assert ours.shape[-1] == len(tokenizer)
+    with torch.no_grad():
+        asked = plain(**tokenizer("number 4", return_tensors="pt")).logits[0, -1].log_softmax(-1)
+    assert float(asked[places].exp().sum()) > 0.3  # they follow every prompt
+
+
+def test_a_head_with_a_bias_is_refused(tiny_model):
+    """peft computes such a head without it, once it trains rows of it."""
+    model = tiny_model("llama", auto_class="AutoModelForCausalLM")
+    model.lm_head = torch.nn.Linear(32, 120)
+    with pytest.raises(StudyError, match="new_tokens: peft leaves out the bias that the head of LlamaForCausalLM has"):
+        attach_adapter(model, build_study({"task": "causal_lm", "new_tokens": "<yes>"}), [])

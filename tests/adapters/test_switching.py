@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -9,6 +10,7 @@ import trimtab
 from samples import run_here, write_reviews
 from trimtab.adapters import switching
 from trimtab.engine import lora
+from trimtab.engine.mixed import mix_of
 from trimtab.errors import AdapterError
 from trimtab.runs import RunFolder
 from trimtab.sampling import Sampling
@@ -88,6 +90,68 @@ def test_a_mixed_batch_takes_one_pass(three, monkeypatch):
                         lambda forward, batch: passes.append(batch) or states(forward, batch))  # fmt: skip
     loaded.predict(TEXTS, ["five", "two", "three", "five", "two"])
     assert [len(batch.rows) for batch in passes] == [5]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpnet"])  # fused, packed and padded
+def test_many_units_of_an_adapter_and_many_batches_are_mixed_as_each_alone(three, family, monkeypatch):
+    """More tokens of an adapter than one chunk holds (rows, where texts are padded), in more than one pass."""
+    loaded = load_all(three(family))
+    texts = [" ".join([TEXTS[number % 5]] * (1 + number % 9)) + f" number {number}" for number in range(120)]
+    asked = [loaded.names[number * number % 3] for number in range(120)]  # two, in shares that differ
+    asked[:3] = loaded.names
+    passes = []
+    monkeypatch.setattr(switching, "mix_of", lambda *given: passes.append(mix_of(*given)) or passes[-1])
+    monkeypatch.setattr(switching, "SCORING_TOKENS_PER_BATCH", 2048)
+    mixed = loaded.predict(texts, asked)
+    assert len(passes) > 1
+    assert any(len(mix.names) > 1 and mix.chunks.adapters.bincount().max() > 1 for mix in passes)
+    monkeypatch.undo()
+    for name in loaded.names:
+        loaded.switch(name)
+        mine = [place for place, other in enumerate(asked) if other == name]
+        for place, said in zip(mine, loaded.predict([texts[place] for place in mine]), strict=True):
+            close(mixed[place], said)
+
+
+def test_no_step_reads_the_base_again(three, monkeypatch):
+    """Its weights stay where they are, whatever joins them, answers and goes."""
+    folders = three("llama")
+    loaded = trimtab.load_adapter(folders["three"], name="three")
+
+    def places():
+        return {name.replace(".base_layer", ""): parameter.data_ptr()
+                for name, parameter in loaded.peft_model.get_base_model().named_parameters()
+                if not any(part in name for part in ("lora_", "modules_to_save"))}  # fmt: skip
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
+    before = places()
+    assert len(before) > 15
+    loaded.load(folders["five"], "five")
+    loaded.load(folders["two"], "two")
+    for name in ("five", "two", "three"):
+        loaded.switch(name)
+        loaded.predict(TEXTS)
+        assert places() == before
+    loaded.predict(TEXTS, ["five", "two", "three", "five", "two"])
+    for name in ("five", "two"):
+        loaded.unload(name)
+    assert places() == before
+
+
+def test_the_base_has_no_answer_to_other_labels_than_its_heads(three):
+    loaded = load_all(three("llama"))
+    loaded.switch("five")
+    with (
+        pytest.raises(
+            AdapterError, match="the base's head was made for 3 labels, and 'five' says 5; switch to an adapter of as"
+        ),
+        loaded.disable(),
+    ):
+        pytest.fail("the base cannot say these labels")
+    assert len(loaded.predict(TEXTS[:1])[0]["probabilities"]) == 5
+    loaded.switch("three")
+    with loaded.disable():
+        assert len(loaded.predict(TEXTS[:1])[0]["probabilities"]) == 3
 
 
 def test_layers_that_cannot_mix_answer_one_adapter_after_the_other(model_folder, tmp_path):
@@ -207,7 +271,8 @@ def test_other_methods_and_kinds_of_heads_are_refused(three, model_folder, tmp_p
 @pytest.mark.parametrize(
     ("kind", "density"),
     [("linear", None), ("svd", None), ("cat", None), ("ties", 0.5), ("ties_svd", 0.5), ("dare_linear", 0.5),
-     ("dare_ties", 0.5), ("magnitude_prune", 0.5)],
+     ("dare_ties", 0.5), ("magnitude_prune", 0.5), ("dare_linear_svd", 0.5), ("dare_ties_svd", 0.5),
+     ("magnitude_prune_svd", 0.5)],
 )  # fmt: skip
 def test_combinations_are_pefts_with_the_mean_head(model_folder, tmp_path, kind, density):
     targets = TARGETS["llama"]

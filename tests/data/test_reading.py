@@ -1,6 +1,7 @@
 """Every format gives the same rows; labels keep their names; splits are stratified, grouped and seeded."""
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from trimtab.data import prepare_data, read_rows, write_rows
-from trimtab.data.reading import read_file, read_source
+from trimtab.data.reading import ArrivingRows, read_file, read_source, stream_file
+from trimtab.errors import DataError, SourceError
 from trimtab.progress import Silent
 from trimtab.study_config import build_study
 
@@ -68,6 +70,78 @@ def test_parquet_and_saved_dataset_and_folder(tmp_path):
     (tmp_path / "folder" / "dev.csv").write_bytes(as_csv(","))
     splits = read_source(str(tmp_path / "folder"), Silent()).splits
     assert splits.keys() == {"train", "validation"}
+
+
+def test_conll_is_read_as_it_is_needed_and_without_tags_where_none_are_asked_for(tmp_path, monkeypatch):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield ["Rome B-LOC\n", "is O\n", "\n"][taken % 3 - 1]
+
+    path = tmp_path / "new.conll"
+    path.write_text("Rome\nis\n\nAnn\n")
+    assert list(stream_file(path, is_labelled=False)) == [({"tokens": ["Rome", "is"]}, 1), ({"tokens": ["Ann"]}, 4)]
+    with pytest.raises(DataError, match=r"new\.conll:1: 'Rome' has no tag; write a word and its tag on each line"):
+        next(stream_file(path))
+    monkeypatch.setattr("trimtab.data.reading._open_text", lambda _: contextlib.nullcontext(endless()))
+    assert next(stream_file(path)) == ({"tokens": ["Rome", "is"], "tags": ["B-LOC", "O"]}, 1)
+    assert taken == 3
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_a_line_that_is_not_utf8_is_named(tmp_path, packed):
+    suffix = {bytes: "", gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}[packed]
+    path = tmp_path / f"latin.csv{suffix}"
+    path.write_bytes(packed('text\n"two\nlines"\ncafé\n'.encode("latin-1")))
+    with pytest.raises(DataError, match=rf"latin\.csv{suffix}: not UTF-8 in line 4 \(byte 0xe9\); save it as UTF-8"):
+        read_file(path)
+
+
+def test_files_that_cannot_be_read_are_told_as_such(tmp_path, monkeypatch):
+    for name, content in (
+        ("cut.csv.gz", gzip.compress(b"0123456789" * 999)[:20] + b"?" * 20),
+        ("no.csv.bz2", b"nonsense"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises((DataError, SourceError), match=rf"{name}.*(damaged or cut off|cannot be read)"):
+            read_file(tmp_path / name)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "mine.csv").write_text("text\na\n")
+    monkeypatch.setattr("trimtab.data.reading._open_bytes", refuse)
+    with pytest.raises(SourceError, match=r"mine\.csv cannot be read \(Permission denied\); check that it is there"):
+        read_file(tmp_path / "mine.csv")
+
+
+class Slow:
+    """A pipe that gives what was written in one go."""
+
+    def __init__(self, *blocks):
+        self.blocks = list(blocks)
+
+    def read1(self, _):
+        return self.blocks.pop(0) if self.blocks else b""
+
+
+def test_rows_of_a_stream_are_taken_as_they_arrive():
+    rows = ArrivingRows(Slow(b"\nfirst\n\nsec", b"ond\r\nthird\n\n", b"caf\xc3", b"\xa9"))
+    assert rows.take(9) == [({"text": "first"}, 2)]  # and does not wait for what may never come
+    assert rows.take(1) == [({"text": "second"}, 4)]
+    assert rows.take(9) == [({"text": "third"}, 5)]
+    assert rows.take(9) == [({"text": "café"}, 7)]
+    assert rows.take(9) == []
+    objects = ArrivingRows(Slow(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n{"te', b'xt": "c"}\n'))
+    assert [row["text"] for row, _ in objects.take(9)] == ["a", "b"]
+    assert list(objects) == [({"text": "c"}, 3)]
+    latin = ArrivingRows(Slow(b"good\n", b"caf\xe9\n"))
+    assert latin.take(9) == [({"text": "good"}, 1)]
+    with pytest.raises(DataError, match=r"stdin:2: not UTF-8 \(byte 0xe9\); send it as UTF-8"):
+        latin.take(9)
 
 
 class Notes(Silent):

@@ -8,7 +8,7 @@ import torch
 from seqeval.metrics import f1_score as entity_f1
 from sklearn import metrics as reference
 
-from samples import run_here, run_trimtab, save_tiny_model
+from samples import Notes, run_here, run_trimtab, save_tiny_model
 from trimtab.adapters import load_adapter
 from trimtab.data import Row, prepare_data
 from trimtab.errors import DataError
@@ -17,7 +17,7 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.tag_predictions import TagPredictions
 from trimtab.evaluation.value_predictions import ValuePredictions
-from trimtab.prediction import predict_records
+from trimtab.prediction import predict_records, read_records
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.study_config import build_study
@@ -255,6 +255,33 @@ def test_balanced_weights_are_for_classes(tmp_path):
                        "--model", save_tiny_model("bert", tmp_path / "bert"), "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 2
     assert "class_weights: regression has no classes to weigh" in done.stderr
+
+
+def test_each_tag_has_its_probability_and_words_alone_are_read(finished, tmp_path):
+    task, run, _ = finished
+    if task != "token_classification":
+        pytest.skip(f"{task} says no tags")
+    loaded = load_adapter(run.trial("lora", 0).adapter)
+    sentences = [WORDS[:6], ["joy"], WORDS * 5]  # the last is longer than 32 tokens
+    (tmp_path / "new.conll").write_text("\n\n".join("\n".join(words) for words in sentences))
+    told = Notes()
+    records = read_records(str(tmp_path / "new.conll"))
+    found = list(predict_records(loaded, records, "new.conll", progress=told))
+    assert [row["words"] for row in found] == sentences
+    for words, row in zip(sentences, found, strict=True):
+        (alone,) = loaded.predict([" ".join(words)])
+        assert (alone["words"], alone["prediction"]) == (row["words"], row["prediction"])
+        read = sum(tag is not None for tag in row["prediction"])
+        assert row["prediction"][read:] == row["probabilities"][read:] == [None] * (len(words) - read)
+        encoded = loaded.scorer.encode([Row("1", " ".join(words), words=words, labels=[0] * len(words))])
+        shares = torch.softmax(loaded.scorer.score(encoded).outputs, -1)
+        wanted = [
+            float(share[loaded.label_names.index(tag)]) for share, tag in zip(shares, row["prediction"], strict=False)
+        ]
+        assert row["probabilities"][:read] == pytest.approx(wanted, abs=1e-5)
+        assert all(share >= 1 / len(loaded.label_names) for share in row["probabilities"][:read])
+    assert found[2]["prediction"][-1] is None
+    assert told.notes == ["1 of 3 rows are longer than 32 tokens: cut there"]
 
 
 def test_new_rows_are_predicted_as_the_run_did(finished):

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.adapters.files import check_folder, is_whole_model, write_facts
 from trimtab.adapters.merged import check_mergeable, merge_layer
 from trimtab.adapters.origin import guess_facts
-from trimtab.adapters.saving import write_weights
+from trimtab.adapters.saving import name_base, write_weights
 from trimtab.adapters.switching import (
     attach,
     base_alone,
@@ -100,7 +100,7 @@ class AdapterSet:
             raise AdapterError(f"{folder}: whole models stand alone, each with weights of its own; load it by itself")
         known = self._know(folder)
         try:
-            attach(self.peft_model, folder, name, known.classes)
+            attach(self.peft_model, folder, name, known.classes, self.scorer.base.has_more_tokens)
             self.known[name] = known
         finally:
             self._settle()
@@ -175,7 +175,11 @@ class AdapterSet:
             raise AdapterError(f"{folder} holds something else ({held[0].name}); give a folder of its own")
 
         def write(target: Path) -> None:
-            write_weights(self.peft_model, base.new_modules, target, name=self.active)
+            name_base(self.peft_model, base, self.active, self.facts.get("base_commit"))
+            write_weights(
+                self.peft_model, base.new_modules, target, name=self.active, has_more_tokens=base.has_more_tokens
+            )
+            (target / "README.md").unlink(missing_ok=True)  # peft's: a form to fill in, with a path of this machine
             base.tokenizer.save_pretrained(target)
             write_facts(target, {**self.facts, **more})
 

@@ -13,8 +13,8 @@ from trimtab.engine.frozen import NumberFormat
 from trimtab.engine.lora import can_mix
 from trimtab.engine.mixed import mix_of_rows, mixing
 from trimtab.errors import AdapterError
-from trimtab.evaluation.unlabelled import SAY, Record, row_without_label
-from trimtab.generation import continue_prompts, write_answers
+from trimtab.evaluation.unlabelled import SAY, Record, Said, row_without_label
+from trimtab.generation import Prompt, check_room, continue_prompts, encode_chat, write_answers
 from trimtab.precision import use_float32, use_precision
 from trimtab.progress import Progress, Silent
 from trimtab.sampling import Sampling
@@ -32,7 +32,7 @@ class LoadedAdapter(AdapterSet):
         return self.scorer.task.name in SAY or self.scorer.task.writes_answers
 
     def predict(self, texts: Sequence[str], adapters: Sequence[str] | None = None) -> list[Record]:
-        """`prediction` of each text, and `probabilities` where the task has some.
+        """`prediction` of each text, and `probabilities` where the task has some: of tags, that of each word's.
 
         Args:
             adapters: the loaded adapter that each text asks for; the active one, if missing. Plain LoRA adapters
@@ -98,7 +98,9 @@ class LoadedAdapter(AdapterSet):
         sampling = Sampling(self.facts.get("max_new_tokens", self.scorer.max_length_tokens))
         tokenizer = self.scorer.base.tokenizer
         written = write_answers(self.peft_model, tokenizer, encoded.examples, sampling, Silent())
-        return [{"prediction": text} for text in written]
+        said = Said({"prediction": text} for text in written)
+        said.truncated = encoded.truncated
+        return said
 
     def compute_in(self, precision: NumberFormat, rows: Sequence[Row], progress: Progress | None = None) -> None:
         """Let frozen layers compute in a lower precision, where their error on the first of `rows` is within bounds."""
@@ -110,7 +112,7 @@ class LoadedAdapter(AdapterSet):
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         sampling: Sampling | None = None,
         *,
         adapters: Sequence[str] | None = None,
@@ -120,13 +122,15 @@ class LoadedAdapter(AdapterSet):
         """What it writes after each prompt, in one batch, or answers to each source.
 
         Args:
+            prompts: texts; a language model also answers chats, lists of turns with `role` and `content`.
             adapters: the loaded adapter that each prompt asks for; the active one, if missing.
-            is_chat: put each prompt into the tokenizer's chat template as the user's turn; if None, where the
+            is_chat: put each text into the tokenizer's chat template as the user's turn; if None, where the
                 adapter was trained on chats.
             on_text: hears the text of a lone prompt while it is written.
 
         Raises:
             AdapterError: an adapter that says labels, or a tokenizer without a chat template.
+            DataError: a prompt without tokens, one that leaves too few positions, or a chat that the template refuses.
         """
         task, tokenizer, chosen = self.scorer.task, self.scorer.base.tokenizer, sampling or Sampling()
         if adapters is not None:
@@ -139,20 +143,32 @@ class LoadedAdapter(AdapterSet):
             sources = [Example(tokenizer(text)["input_ids"][: self.scorer.max_length_tokens], None, [], [])
                        for text in prompts]  # fmt: skip
             return write_answers(self.peft_model, tokenizer, sources, chosen, Silent(), on_text)
-        ids = [self._encode_prompt(text, self.active, is_chat) for text in prompts]
+        ids = self._encode_prompts(prompts, [self.active] * len(prompts), chosen, is_chat)
         return continue_prompts(self.peft_model, tokenizer, ids, chosen, on_text)
 
-    def _encode_prompt(self, text: str, name: str, is_chat: bool | None) -> list[int]:
+    def _encode_prompts(
+        self, prompts: Sequence[Prompt], adapters: Sequence[str], sampling: Sampling, is_chat: bool | None
+    ) -> list[list[int]]:
+        ids = [self._encode_prompt(prompt, name, is_chat) for prompt, name in zip(prompts, adapters, strict=True)]
+        check_room(self.scorer.base.model, ids, sampling.max_new_tokens, self.facts.get("virtual_tokens", 0))
+        return ids
+
+    def _encode_prompt(self, prompt: Prompt, name: str, is_chat: bool | None) -> list[int]:
         known, tokenizer = self.known[name], self.scorer.base.tokenizer
         if not isinstance(known.task, CausalLM):
             raise AdapterError(f"{known.path} is a {known.task.name} adapter, which says labels and writes nothing")
-        in_chat = bool(known.facts.get("is_chat")) if is_chat is None else is_chat
+        is_text = isinstance(prompt, str)
+        if not is_text and is_chat is False:
+            raise AdapterError("only the chat template reads a list of turns; leave out is_chat=False (--chat off)")
+        in_chat = bool(known.facts.get("is_chat") or not is_text) if is_chat is None else is_chat
         if in_chat and not tokenizer.chat_template:
             raise AdapterError(f"{known.path}: its tokenizer has no chat template; give plain prompts")
-        return encode_prompt(tokenizer, text, in_chat)
+        if not in_chat:
+            return encode_prompt(tokenizer, str(prompt), False)
+        return encode_chat(tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
     def _generate_mixed(
-        self, prompts: Sequence[str], sampling: Sampling, adapters: Sequence[str], is_chat: bool | None
+        self, prompts: Sequence[Prompt], sampling: Sampling, adapters: Sequence[str], is_chat: bool | None
     ) -> list[str]:
         """One batch for all adapters where their layers can mix, else one for each."""
         self._check_loaded(sorted(set(adapters)))
@@ -160,7 +176,7 @@ class LoadedAdapter(AdapterSet):
             raise AdapterError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one for each")
         heads = bool(wrapped_heads(self.peft_model))
         if not self.scorer.task.writes_answers and not heads and can_mix(self.peft_model, adapters):
-            ids = [self._encode_prompt(text, name, is_chat) for text, name in zip(prompts, adapters, strict=True)]
+            ids = self._encode_prompts(prompts, adapters, sampling, is_chat)
             with mixing(mix_of_rows(adapters, self.scorer.base.device)):
                 return continue_prompts(self.peft_model, self.scorer.base.tokenizer, ids, sampling)
         written: dict[int, str] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 
@@ -15,7 +14,7 @@ from trimtab.adapters.switching import check_name, check_weights, copy_heads, we
 from trimtab.engine.prepare import prepare_adapted
 from trimtab.evaluation.evaluate import make_scorer
 from trimtab.methods import WholeModel
-from trimtab.models import load_base
+from trimtab.models import BaseModel, load_base
 from trimtab.progress import Progress, Silent
 from trimtab.sources import locate_adapter
 from trimtab.study_config import Quantize
@@ -55,18 +54,18 @@ def load_adapter(
     if is_whole_model(folder):
         return LoadedAdapter(name, known, scorer, WholeModel(model.model).eval())
     heads = copy_heads(model.model, model.new_modules)
-    peft_model = read_adapter(model.model, folder, name)
+    peft_model = read_adapter(model, folder, name)
     scorer.choice = prepare_adapted(peft_model, scorer.choice)
     return LoadedAdapter(name, known, scorer, peft_model, heads)
 
 
-def read_adapter(model: Any, folder: Path, name: str = "default") -> PeftModel:
-    """`model` with the adapter of a folder around it, ready to score.
+def read_adapter(base: BaseModel, folder: Path, name: str = "default") -> PeftModel:
+    """The base's model with the adapter of a folder around it, ready to score.
 
     Raises:
         AdapterError: weights are missing, left over, or of another shape.
     """
     with weights_that_fit(folder):
-        peft_model: PeftModel = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-    check_weights(peft_model, folder, name)
+        peft_model: PeftModel = PeftModel.from_pretrained(base.model, str(folder), adapter_name=name)
+    check_weights(peft_model, folder, name, base.has_more_tokens)
     return peft_model.eval()

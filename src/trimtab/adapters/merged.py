@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, MergeError
 from trimtab.progress import Progress
 
 # Weights that are merged and held at once, before they are written.
@@ -148,6 +148,40 @@ def _merged(layer: BaseTunerLayer | None) -> Iterator[None]:
         yield
     finally:
         undo()
+
+
+@contextmanager
+def merged_while_computing(peft_model: Any) -> Iterator[None]:
+    """Within, each layer computes merged: for its own call alone, so that no two copies are held at once."""
+    undo: dict[nn.Module, Callable[[], None]] = {}
+
+    def merge(layer: Any, inputs: Any) -> None:
+        undo[layer] = merge_layer(layer)
+
+    layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
+    handles = [layer.register_forward_pre_hook(merge) for layer in layers]
+    handles += [layer.register_forward_hook(lambda layer, *_: undo.pop(layer)(), always_call=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_written(peft_model: Any, plain: Any, dtype: torch.dtype) -> None:
+    """Hold a model that was read back against base and adapter, each weight to the bit, merging one layer at a time.
+
+    Raises:
+        MergeError: a weight is another one than the merged one in `dtype`.
+    """
+    found = plain.state_dict()
+    for weight in plain_weights(peft_model.get_base_model()):
+        with _merged(weight.layer):
+            wanted = weight.read()
+            rounded = wanted.to(dtype) if wanted.is_floating_point() else wanted
+            is_same = weight.name in found and torch.equal(found[weight.name], rounded.to(found[weight.name]))
+        if not is_same:
+            raise MergeError(f"{weight.name} was read back as another weight than base and adapter have, once merged")
 
 
 def _write_config(model: Any, folder: Path, dtype: torch.dtype, is_untied: bool) -> None:

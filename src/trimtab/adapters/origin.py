@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from trimtab.adapters.files import is_whole_model
+from trimtab.adapters.files import TASKS_OF_TYPE, is_whole_model
 from trimtab.errors import AdapterError, SourceError
+from trimtab.fingerprints import fingerprint_model
 from trimtab.models import load_config, load_tokenizer
 from trimtab.progress import Progress, Silent
-from trimtab.sources import ModelSource, fingerprint_model, locate_model
+from trimtab.sources import ModelSource, locate_model
 
-# peft's names of tasks, where another program saved the adapter.
-_TASKS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification", "CAUSAL_LM": "causal_lm",
-          "SEQ_2_SEQ_LM": "seq2seq"}  # fmt: skip
+# What transformers' names of classes end in, where peft was not told the task.
+_ENDINGS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "ForCausalLM": "CAUSAL_LM",
+            "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}  # fmt: skip
 _HEAD_WEIGHTS = (".score.weight", ".classifier.weight", ".out_proj.weight")
 _DEFAULT_LENGTH_TOKENS = 256
 
@@ -33,7 +35,7 @@ def locate_base(folder: Path, facts: Mapping[str, Any], base: str | None, progre
     if is_whole_model(folder):
         return ModelSource(facts["base"], str(folder), True)
     name = base or facts["base"]
-    source = locate_model(name, progress)
+    source = locate_model(base, progress) if base else _find_again(folder, facts, progress)
     found = fingerprint_model(source)
     if found != facts["base_sha256"]:
         raise SourceError(
@@ -41,6 +43,18 @@ def locate_base(folder: Path, facts: Mapping[str, Any], base: str | None, progre
             f"the adapter was trained on {facts['base_sha256'][:12]}…; give the base it was trained on"
         )
     return source
+
+
+def _find_again(folder: Path, facts: Mapping[str, Any], progress: Progress) -> ModelSource:
+    """The base where it was: of a repository the commit that was tuned, else what there is of it now."""
+    name, commit = facts["base"], facts.get("base_commit")
+    if commit:
+        with suppress(SourceError):
+            return locate_model(f"{name.partition('@')[0]}@{commit}", progress)
+    try:
+        return locate_model(name, progress)
+    except SourceError as error:
+        raise SourceError(f"the base of {folder} is not found: {error} (give it with --base, or base=)") from error
 
 
 def find_base(
@@ -71,11 +85,16 @@ def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[Mod
     if is_whole_model(folder):
         raise AdapterError(f"{folder} holds a whole model and no {CONFIG_NAME}; transformers loads it as it is")
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    name, task = base or config.get("base_model_name_or_path"), _TASKS.get(config.get("task_type") or "")
+    name, task = base or config.get("base_model_name_or_path"), _guess_task(config)
     if not name:
-        raise AdapterError(f"{folder / CONFIG_NAME} names no base model; give it (base)")
+        raise AdapterError(f"{folder / CONFIG_NAME} names no base model; give it with --base, or base=")
     if task is None:
-        raise AdapterError(f"{folder}: its task_type {config.get('task_type')!r} is none of: {', '.join(_TASKS)}")
+        raise AdapterError(
+            f"{folder}: its task_type {config.get('task_type')!r} is none of: {', '.join(TASKS_OF_TYPE)}; "
+            "write one of them into its config"
+        )
+    if base is None and config.get("revision") and "@" not in name and not Path(name).expanduser().is_dir():
+        name = f"{name}@{config['revision']}"
     warning = f"{folder} was not saved by Trimtab: whether {name} is its base and its files are whole cannot be checked"
     progress.note(warning)
     if isinstance(progress, Silent):  # who hears no notes hears this
@@ -93,6 +112,14 @@ def guess_facts(folder: Path, base: str | None, progress: Progress) -> tuple[Mod
         "virtual_tokens": config.get("num_virtual_tokens") or 0,
         "new_tokens": _new_tokens(folder, source),
     }
+
+
+def _guess_task(config: Mapping[str, Any]) -> str | None:
+    """The commonest task of peft's type of task; where it has none, of the base's class."""
+    kind = config.get("task_type")
+    base_class = str((config.get("auto_mapping") or {}).get("base_model_class"))
+    kind = kind or next((kind for ending, kind in _ENDINGS.items() if base_class.endswith(ending)), None)
+    return TASKS_OF_TYPE[kind][0] if kind in TASKS_OF_TYPE else None
 
 
 def _label_names(folder: Path, source: ModelSource) -> list[str]:

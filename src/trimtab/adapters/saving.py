@@ -39,7 +39,9 @@ def save_adapter(peft_model: Any, base: BaseModel, trial: TrialFolder, facts: di
     """
 
     def write(folder: Path) -> None:
-        write_weights(peft_model, base.new_modules, folder, trial.start if trial.start.is_dir() else None)
+        name_base(peft_model, base, "default", facts.get("base_commit"))
+        start = trial.start if trial.start.is_dir() else None
+        write_weights(peft_model, base.new_modules, folder, start, has_more_tokens=base.has_more_tokens)
         base.tokenizer.save_pretrained(folder)
         write_facts(folder, facts | {"versions": package_versions()})
 
@@ -47,20 +49,38 @@ def save_adapter(peft_model: Any, base: BaseModel, trial: TrialFolder, facts: di
     return sum(path.stat().st_size for path in trial.adapter.glob("*.safetensors"))
 
 
+def name_base(peft_model: Any, base: BaseModel, name: str, commit: str | None) -> None:
+    """Where stock peft will look for the base: on the Hub, at the commit that was tuned, or where its folder lies.
+
+    Not where the Hub's client keeps it on this machine.
+    """
+    if not isinstance(peft_model, WholeModel):
+        config = peft_model.peft_config[name]
+        config.base_model_name_or_path = base.source.hub_id or base.source.location
+        config.revision = commit
+
+
 def write_weights(
-    peft_model: Any, new_modules: Sequence[str], folder: Path, start: Path | None = None, name: str = "default"
+    peft_model: Any,
+    new_modules: Sequence[str],
+    folder: Path,
+    start: Path | None = None,
+    *,
+    name: str = "default",
+    has_more_tokens: bool = False,
 ) -> None:
-    """Adapter and head in peft's format.
+    """Adapter and head in peft's format, and the base's embeddings where they were made longer for it.
 
     Args:
         start: where `save_start` kept the adapter, if it did.
         name: of the adapter, where there are several.
+        has_more_tokens: the base has embeddings of tokens that its files do not hold.
     """
     if isinstance(peft_model, WholeModel):
         peft_model.save_pretrained(folder)
         return
     conversion = {} if start is None else {"path_initial_model_for_weight_conversion": str(start)}
-    embeddings = saves_embeddings(peft_model.peft_config[name])
+    embeddings = saves_embeddings(peft_model, peft_model.peft_config[name], has_more_tokens)
     peft_model.save_pretrained(
         folder, safe_serialization=True, selected_adapters=[name], save_embedding_layers=embeddings, **conversion
     )
@@ -69,10 +89,10 @@ def write_weights(
         for file in inside.iterdir():
             file.rename(folder / file.name)
         inside.rmdir()
-    _add_head(peft_model, new_modules, folder / SAFETENSORS_WEIGHTS_NAME, name)
+    _add_head(peft_model, new_modules, folder / SAFETENSORS_WEIGHTS_NAME, name, embeddings)
 
 
-def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path, name: str) -> None:
+def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path, name: str, embeddings: bool) -> None:
     """Write what was trained and peft left out: the head, with methods without `modules_to_save`, and with PiSSA.
 
     Stock peft reads these weights, too, by their names.
@@ -80,7 +100,6 @@ def _add_head(peft_model: Any, new_modules: Sequence[str], file: Path, name: str
     config = peft_model.peft_config[name]
     if hasattr(config, "modules_to_save"):
         saved = load_file(file)
-        embeddings = saves_embeddings(config)
         weights = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=embeddings)
         left_out = {key: value for key, value in weights.items() if key not in saved}
         if left_out:

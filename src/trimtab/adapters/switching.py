@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def check_name(name: str, taken: Sequence[str]) -> None:
         raise AdapterError(f"{name!r} cannot name an adapter: no dots, and no two underscores at the beginning")
 
 
-def attach(peft_model: Any, folder: Path, name: str, classes: int) -> None:
+def attach(peft_model: Any, folder: Path, name: str, classes: int, has_more_tokens: bool = False) -> None:
     """Put one more adapter around the base of `peft_model`, with a head of `classes` columns, and leave it inactive.
 
     The fast layers are to be prepared again.
@@ -73,7 +74,7 @@ def attach(peft_model: Any, folder: Path, name: str, classes: int) -> None:
     try:
         with _heads_of(peft_model, classes), weights_that_fit(folder):
             peft_model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-        check_weights(peft_model, folder, name)
+        check_weights(peft_model, folder, name, has_more_tokens)
     except AdapterError:
         if name in peft_model.peft_config:
             peft_model.delete_adapter(name)
@@ -85,7 +86,7 @@ def weights_that_fit(folder: Path) -> Iterator[None]:
     """Within, peft reads an adapter; tensors that are missing or of another shape become one clear error."""
     try:
         yield
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         first = str(error).strip().splitlines()
         raise AdapterError(
             f"{folder / SAFETENSORS_WEIGHTS_NAME} lacks what {CONFIG_NAME} tells of, or has it in another shape "
@@ -135,7 +136,7 @@ def base_alone(peft_model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> It
             parameter.requires_grad_(False)
 
 
-def check_weights(peft_model: Any, folder: Path, name: str) -> None:
+def check_weights(peft_model: Any, folder: Path, name: str, has_more_tokens: bool = False) -> None:
     """Refuse a folder whose tensors are not those of the adapter that peft built from its config.
 
     Raises:
@@ -147,7 +148,7 @@ def check_weights(peft_model: Any, folder: Path, name: str) -> None:
     if isinstance(peft_model.peft_config[name], PromptLearningConfig):
         return  # its one tensor is computed from what is trained
     parameters = (parameter for parameter, _ in peft_model.named_parameters())
-    embeddings = saves_embeddings(peft_model.peft_config[name])
+    embeddings = saves_embeddings(peft_model, peft_model.peft_config[name], has_more_tokens)
     wanted = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=embeddings)
     check_tensors(names, wanted, parameters, file)
 
@@ -200,6 +201,8 @@ def score_mixed(
     inside = {id(module) for module in _layers_of(model)}
     if any(id(head) in inside for head in heads) or not can_mix(peft_model, adapters):
         return None
+    # Labels of several tasks make no tensor together, and none is read here.
+    examples = [replace(example, labels=[0] * len(example.labels)) for example in examples]
     collator = Collator(examples, forward.packed, choice.position_offset, pad_token_id)
     outputs: dict[int, Tensor] = {}
     active = peft_model.active_adapter

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from trimtab.cli import flags
 from trimtab.cli.application import AsJson, Quiet, app
+from trimtab.errors import InputError
 
 # The rows that adapters are compared on.
 _Data = Annotated[
@@ -19,6 +22,17 @@ _TextColumn = Annotated[str | None, typer.Option(help="Column of --data; as it w
 _LabelColumn = Annotated[str | None, typer.Option(help="Column of --data; as it was trained, or by name, if missing.")]
 
 
+_Format = Annotated[
+    Literal["jsonl", "csv", "parquet"] | None, typer.Option("--format", help="Told by the name of --out.")
+]
+_Base = Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")]
+_Writer = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder of a language model, or a Hub id.")]
+_Prompts = Annotated[str | None, typer.Option("--input", help="Prompts as rows of a file, or - for standard input.")]
+_PromptColumn = Annotated[
+    str | None, typer.Option(help="Column with the prompt or chat; as it was trained, or by name, if missing.")
+]
+_Chat = Annotated[Literal["auto", "on", "off"], typer.Option(help="Use the chat template; auto: if trained on chats.")]
+_IS_CHAT = {"auto": None, "on": True, "off": False}
 _Quantized = Annotated[
     Literal["none", "8bit", "4bit"] | None,
     typer.Option("--quantize", help="Hold the base in 8 or 4 bits (extra quant); as it was trained, if missing."),
@@ -32,14 +46,12 @@ def predict(
         str, typer.Option("--input", help="Rows as for training, without labels; - for standard input.")
     ] = "-",
     out: Annotated[str, typer.Option(help="File for the predictions; - for standard output.")] = "-",
-    output_format: Annotated[
-        Literal["jsonl", "csv", "parquet"] | None, typer.Option("--format", help="Told by the name of --out.")
-    ] = None,
+    output_format: _Format = None,
     text_column: Annotated[
         str | None, typer.Option(help="Column with the text; as it was trained, or by name, if missing.")
     ] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="Column with a second text, for pairs.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    base: _Base = None,
     used: Annotated[
         Literal["tuned", "none"], typer.Option("--adapter", help="none: the base alone, whose head has learnt nothing.")
     ] = "tuned",
@@ -55,7 +67,8 @@ def predict(
 ) -> None:
     """Say what a tuned adapter makes of new rows: labels with probabilities, numbers, tags, or texts.
 
-    Rows are read, predicted and written as a stream: a million take no more memory than a thousand.
+    Rows are read, predicted and written as a stream: a million take no more memory than a thousand, and rows of
+    standard input are answered as they arrive (in int8 or auto from the 512th on, which is what they are tried on).
 
     \b
     Examples:
@@ -66,16 +79,15 @@ def predict(
 
     from trimtab.adapters import load_adapter
     from trimtab.console import make_progress
-    from trimtab.machine import set_threads
-    from trimtab.models import quiet_libraries
-    from trimtab.prediction import predict_records, read_records, write_records
+    from trimtab.prediction import check_output, predict_records, read_records, write_records
 
-    quiet_libraries()
-    set_threads()
+    check_output(out, output_format)
+    rows = read_records(source)
+    _prepare_machine()
     with make_progress(quiet) as progress:
         loaded = load_adapter(adapter, base, quantize=quantize, progress=progress)
         records = predict_records(
-            loaded, read_records(source), source, text_column=text_column, text_pair_column=text_pair_column,
+            loaded, rows, _called(source), text_column=text_column, text_pair_column=text_pair_column,
             precision=precision, progress=progress,
         )  # fmt: skip
         with loaded.disable() if used == "none" else nullcontext():
@@ -84,35 +96,33 @@ def predict(
 
 @app.command()
 def generate(
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="An adapter folder of a language model, or a Hub id.")
-    ],
+    adapter: _Writer,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to go on from; repeat the flag for several.")] = None,
-    source: Annotated[
-        str | None, typer.Option("--input", help="Prompts as rows of a file, or - for standard input.")
-    ] = None,
+    source: _Prompts = None,
     out: Annotated[str, typer.Option(help="File for what was written; - for standard output.")] = "-",
-    text_column: Annotated[
-        str | None, typer.Option(help="Column with the prompt; as it was trained, or by name, if missing.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float | None, typer.Option(min=0.01, help="Sample, the sharper the lower.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from so much probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")] = None,
-    repetition_penalty: Annotated[float, typer.Option(min=0.1, help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    chat: Annotated[
-        Literal["auto", "on", "off"],
-        typer.Option(help="Use the chat template; auto: if trained on chats."),
-    ] = "auto",
+    output_format: _Format = None,
+    text_column: _PromptColumn = None,
+    max_new_tokens: flags.MaxNewTokens = 128,
+    do_sample: flags.DoSample = None,
+    temperature: flags.Temperature = None,
+    top_p: flags.TopP = None,
+    top_k: flags.TopK = None,
+    min_p: flags.MinP = None,
+    typical_p: flags.TypicalP = None,
+    repetition_penalty: flags.RepetitionPenalty = 1.0,
+    no_repeat_ngram_size: flags.NoRepeatNgramSize = 0,
+    stop_strings: flags.StopStrings = None,
+    seed: flags.Seed = 0,
+    chat: _Chat = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Let the base write beside it.")] = False,
-    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    base: _Base = None,
     quantize: _Quantized = None,
     quiet: Quiet = False,
 ) -> None:
     """Let a tuned language model write: after prompts, rows of a file, or what you type.
 
-    The likeliest token is taken each time, unless temperature, top_p or top_k ask for sampling.
+    The likeliest token is taken each time, unless do_sample, temperature, top_p, top_k, min_p or typical_p ask for
+    sampling. Rows may hold chats (a column of turns, as for training): their next turn is written.
 
     \b
     Examples:
@@ -122,25 +132,65 @@ def generate(
     """
     from trimtab.adapters import load_adapter
     from trimtab.console import make_progress, write_interactively
+    from trimtab.prediction import generate_records, write_records
+    from trimtab.sampling import Sampling
+
+    rows = _open_prompts(source, prompt, out, output_format, text_column)
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, min_p, typical_p, no_repeat_ngram_size,
+        tuple(stop_strings or ()), do_sample,
+    )  # fmt: skip
+    _prepare_machine()
+    with make_progress(quiet) as progress:
+        loaded = load_adapter(adapter, base, quantize=quantize, progress=progress)
+        if rows is not None:
+            records = generate_records(
+                loaded, rows, _called(source), text_column=text_column, sampling=sampling, is_chat=_IS_CHAT[chat],
+                compare=compare, progress=progress,
+            )  # fmt: skip
+            write_records(records, out, output_format)
+            return
+    write_interactively(loaded, prompt, sampling, _IS_CHAT[chat], compare)
+
+
+def _open_prompts(
+    source: str | None,
+    prompt: list[str] | None,
+    out: str,
+    output_format: Literal["jsonl", "csv", "parquet"] | None,
+    text_column: str | None,
+) -> Iterable[tuple[dict[str, Any], int]] | None:
+    """The rows of --input, if there is one.
+
+    Raises:
+        InputError: prompts beside it, or flags that only count for rows where there are none; or as `read_records`.
+    """
+    from trimtab.prediction import check_output, read_records
+
+    if source is None:
+        for_rows = {"--out": out != "-", "--format": output_format, "--text-column": text_column}
+        idle = [flag for flag, given in for_rows.items() if given]
+        if idle:
+            raise InputError(
+                f"{', '.join(idle)}: only for rows of --input; give --input prompts.jsonl, or leave it out"
+            )
+        return None
+    if prompt is not None:
+        raise InputError("--prompt and --input each give what to go on from; leave out one of the two")
+    check_output(out, output_format)
+    return read_records(source)
+
+
+def _called(source: str | None) -> str:
+    return "stdin" if source in (None, "-") else str(source)
+
+
+def _prepare_machine() -> None:
     from trimtab.machine import set_threads
     from trimtab.models import quiet_libraries
-    from trimtab.prediction import generate_records, read_records, write_records
-    from trimtab.sampling import Sampling
 
     quiet_libraries()
     set_threads()
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    is_chat = {"auto": None, "on": True, "off": False}[chat]
-    with make_progress(quiet) as progress:
-        loaded = load_adapter(adapter, base, quantize=quantize, progress=progress)
-        if source is not None:
-            records = generate_records(
-                loaded, read_records(source), source, text_column=text_column, sampling=sampling, is_chat=is_chat,
-                compare=compare, progress=progress,
-            )  # fmt: skip
-            write_records(records, out)
-            return
-    write_interactively(loaded, prompt, sampling, is_chat, compare)
 
 
 @app.command()
@@ -225,12 +275,13 @@ def push(
 def combine(
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER=WEIGHT...", help="Adapters of one base, each with its weight."),
+        typer.Argument(metavar="ADAPTER=WEIGHT...", help="Folders or Hub ids of one base, each with its weight."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the combined adapter.")],
     data: _Data = None,
     text_column: _TextColumn = None,
     label_column: _LabelColumn = None,
+    base: _Base = None,
     combination_type: Annotated[
         str, typer.Option(help="As peft names them: linear, svd, cat, ties, dare_linear, dare_ties, magnitude_prune…")
     ] = "linear",
@@ -248,25 +299,25 @@ def combine(
     """
     from trimtab.combining import combine_adapters
     from trimtab.console import make_progress, show_two
-    from trimtab.errors import InputError
     from trimtab.machine import set_threads
     from trimtab.models import quiet_libraries
 
-    weights: dict[Path, float] = {}
+    weights: dict[str | Path, float] = {}
     for given in adapters:
-        folder, _, weight = given.rpartition("=")
-        path = Path(folder).expanduser()
-        if path in weights:
-            raise InputError(f"{folder} is given twice; add its weights up")
+        adapter, _, weight = given.rpartition("=")
+        if adapter in weights:
+            raise InputError(f"{adapter} is given twice; add its weights up")
         try:
-            weights[path] = float(weight)
+            weights[adapter] = float(weight)
         except ValueError as error:
             raise InputError(f"{given!r} is no adapter with a weight; write FOLDER=0.5") from error
     quiet_libraries()
     set_threads()
     columns = {"text": text_column, "label": label_column}
     with make_progress(quiet) as progress:
-        found = combine_adapters(weights, out, combination_type, density, data=data, columns=columns, progress=progress)
+        found = combine_adapters(
+            weights, out, combination_type, density, base=base, data=data, columns=columns, progress=progress
+        )
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import RunError, TrimtabError
+
+# What an interruption leaves, by command; of the others nothing is to be told.
+_LEFT = {
+    "run": "what was finished is kept: the same command goes on from there",
+    **dict.fromkeys(
+        ("predict", "generate", "merge", "combine"),
+        "a file or folder of --out is written whole or not at all: give the same command again",
+    ),
+}
+
+
+class InterruptionError(RunError):
+    exit_code = 130  # as shells have it
+
+
+class _Commands(TyperGroup):
+    """Ctrl-C ends a command before Typer sees it, which would say nothing, or `Aborted!`, as its version has it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            left = _LEFT.get(ctx.invoked_subcommand or "")
+            raise InterruptionError(f"interrupted; {left}" if left else "interrupted") from None
+
 
 app = typer.Typer(
     name="trimtab",
+    cls=_Commands,
     help="Fit a lightweight adapter to a foundation model, and learn honestly what it bought.\n\n"
     "Start with `trimtab run`: it fetches a small model and film reviews, tunes, and compares.",
     no_args_is_help=True,
@@ -34,9 +61,5 @@ def main() -> None:
     except TrimtabError as error:
         print(f"trimtab: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(
-            "trimtab: interrupted; what was finished is kept: the same command goes on from there",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+    except KeyboardInterrupt:  # while the command itself was read
+        sys.exit(InterruptionError.exit_code)

@@ -1,4 +1,4 @@
-"""The study's fields as flags, and a study from them."""
+"""The study's fields as flags, and a study from them; and the flags of how texts are written."""
 
 from __future__ import annotations
 
@@ -14,6 +14,22 @@ import typer
 
 if TYPE_CHECKING:
     from trimtab.study_config import StudyConfig
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+DoSample = Annotated[bool | None, typer.Option(help="Sample, from all tokens if nothing narrows them.")]
+Temperature = Annotated[float | None, typer.Option(min=0.01, help="Sample, the sharper the lower.")]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from so much probability.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")]
+MinP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens with such a share of the likeliest's.")
+]
+TypicalP = Annotated[
+    float | None, typer.Option(min=0.01, max=1.0, help="Sample from so much probability, of the most typical tokens.")
+]
+RepetitionPenalty = Annotated[float, typer.Option(min=0.1, help="Above 1: repeat less.")]
+NoRepeatNgramSize = Annotated[int, typer.Option(min=0, help="Write no run of so many tokens twice; 0: any.")]
+StopStrings = Annotated[list[str] | None, typer.Option(help="End a text with this; repeat the flag for several.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 
 
 def _flag_type(annotation: Any) -> Any:

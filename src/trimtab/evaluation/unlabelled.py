@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from trimtab.data.columns import TEXT_NAMES
+from trimtab.data.language import messages_of
+from trimtab.data.reading import Table
 from trimtab.data.rows import Row
 from trimtab.errors import DataError, suggest
 from trimtab.tasks.classification import probabilities_of
@@ -17,9 +19,17 @@ from trimtab.tasks.multilabel import marginals_of
 
 _TEXT_NAMES = (*TEXT_NAMES, "source", "input", "prompt")
 _WORD_NAMES = ("tokens", "words")
+_MESSAGES_NAMES = ("messages", "conversations", "conversation")
+_ANSWERING = ("assistant", "gpt")
 
 # What is said of a row: its prediction, and probabilities where there are some.
 Record = dict[str, Any]
+
+
+class Said(list[Record]):
+    """What is said of rows, and how many of them were cut at the length limit."""
+
+    truncated = 0
 
 
 def row_without_label(
@@ -50,6 +60,27 @@ def text_in(record: Mapping[str, Any], place: str, column: str | None) -> str:
     return value
 
 
+def prompt_in(record: Mapping[str, Any], place: str, column: str | None) -> str | list[dict[str, str]]:
+    """The text of a row, or its chat up to the answer that is to be written.
+
+    Raises:
+        DataError: neither is there, or a turn without role or content.
+    """
+    if column is None:
+        column = next((name for name in _MESSAGES_NAMES if isinstance(record.get(name), list)), None)
+    if column is None or not isinstance(record.get(column), list):
+        return text_in(record, place, column)
+    turns = list(record[column])
+    if turns and isinstance(turns[-1], Mapping) and (turns[-1].get("role") or turns[-1].get("from")) in _ANSWERING:
+        turns.pop()
+    if not turns:
+        raise DataError(f"{place}: column {column!r} holds no turn to answer; fill or remove the row")
+    source, _, line = place.rpartition(":")
+    # Chats to learn from end with an answer, and are refused without one.
+    answered = Table(source, [{column: [*turns, {"role": "assistant", "content": "-"}]}], [int(line)])
+    return messages_of(answered, 0, column)[:-1]
+
+
 def _say_class(outputs: Tensor, encoded: EncodedRows, rows: Sequence[Row], names: Sequence[str]) -> list[Record]:
     shares = probabilities_of(outputs)
     return [{"prediction": names[place], "probabilities": dict(zip(names, row, strict=True))}
@@ -69,19 +100,35 @@ def _say_value(outputs: Tensor, encoded: EncodedRows, rows: Sequence[Row], names
 
 
 def _say_tags(outputs: Tensor, encoded: EncodedRows, rows: Sequence[Row], names: Sequence[str]) -> list[Record]:
-    """A tag a word; null for words past the length limit."""
-    parts = torch.split(outputs.argmax(-1), [len(example.labels) for example in encoded.examples])
+    """A tag a word, and that tag's probability; null for words past the length limit."""
+    likeliest = probabilities_of(outputs).max(-1)
+    lengths = [len(example.labels) for example in encoded.examples]
+    by_row = (torch.split(part, lengths) for part in (likeliest.indices, likeliest.values))
     said = []
-    for row, part in zip(rows, parts, strict=True):
-        words, tags = row.words or [], [names[place] for place in part.tolist()]
-        said.append({"words": words, "prediction": [*tags, *[None] * (len(words) - len(tags))]})
+    for row, places, shares in zip(rows, *by_row, strict=True):
+        words = row.words or []
+        cut = [None] * (len(words) - len(places))
+        tags = [names[place] for place in places.tolist()]
+        said.append({"words": words, "prediction": [*tags, *cut], "probabilities": [*shares.tolist(), *cut]})
     return said
 
 
+_Say = Callable[[Tensor, EncodedRows, Sequence[Row], Sequence[str]], list[Record]]
+
+
+def _counted(say: _Say) -> Callable[[Tensor, EncodedRows, Sequence[Row], Sequence[str]], Said]:
+    def counted(outputs: Tensor, encoded: EncodedRows, rows: Sequence[Row], names: Sequence[str]) -> Said:
+        said = Said(say(outputs, encoded, rows, names))
+        said.truncated = encoded.truncated
+        return said
+
+    return counted
+
+
 # (outputs [positions, columns], what was encoded, rows, label names).
-SAY: dict[str, Callable[[Tensor, EncodedRows, Sequence[Row], Sequence[str]], list[Record]]] = {
-    "classification": _say_class,
-    "multilabel": _say_labels,
-    "regression": _say_value,
-    "token_classification": _say_tags,
+SAY = {
+    "classification": _counted(_say_class),
+    "multilabel": _counted(_say_labels),
+    "regression": _counted(_say_value),
+    "token_classification": _counted(_say_tags),
 }

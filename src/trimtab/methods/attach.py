@@ -215,7 +215,10 @@ def attach_adapter(
 
 
 def _train_new_tokens(config: Any, model: Any, study: StudyConfig, ids: Sequence[int]) -> None:
-    """Let a method train the embeddings of the study's new tokens beside its own weights."""
+    """Let a method train the study's new tokens beside its own weights: their embeddings, and their rows of a head.
+
+    peft saves such rows as they are, not their difference, so it does not matter how another program starts new rows.
+    """
     field = "trainable_token_indices"
     if config is None and not get_method(study.method).trains_head_only:
         return  # all weights train
@@ -224,10 +227,15 @@ def _train_new_tokens(config: Any, model: Any, study: StudyConfig, ids: Sequence
         raise StudyError(
             f"new_tokens: {study.method} trains no embeddings beside its own weights; use one of: {', '.join(having)}"
         )
-    embeddings = model.get_input_embeddings()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise StudyError(f"new_tokens: peft leaves out the bias that the head of {type(model).__name__} has")
     rows, wanted = embeddings.weight.shape[0], len(study.added_tokens)
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    config.trainable_token_indices = {name.rpartition(".")[2]: list(ids) or list(range(rows - wanted, rows))}
+    token_ids = list(ids) or list(range(rows - wanted, rows))
+    # A head that is tied follows the embeddings, in peft as well.
+    layers = [embeddings] if head is None or head.weight is embeddings.weight else [embeddings, head]
+    names = [next(name for name, module in model.named_modules() if module is layer) for layer in layers]
+    config.trainable_token_indices = {name.rpartition(".")[2]: token_ids for name in names}
 
 
 def _wrap(get_peft_model: Any, model: Any, config: Any, study: StudyConfig) -> Any:

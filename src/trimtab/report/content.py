@@ -90,6 +90,7 @@ class Trial:
     validation_losses: list[tuple[float, float]]
     validation_accuracies: list[tuple[float, float]]
     samples: list[dict[str, str]] = field(default_factory=list)  # prompt, truth, base and tuned
+    base: str | None = None  # where the adapter finds it, from any folder
 
     @property
     def validation_score(self) -> float:
@@ -337,6 +338,7 @@ def _trial(folder: TrialFolder, title: str | None) -> Trial:
     return Trial(
         name=folder.name,
         title=title or str(training.get("title") or folder.name),
+        base=_read_mapping(folder.facts_in(folder.adapter)).get("base"),
         training=training,
         losses=points("loss"),
         validation_losses=points("validation_loss"),

@@ -13,6 +13,7 @@ from trimtab.report.content import Content, System, Trial
 from trimtab.report.markdown import facts_list, plain, table_grid
 from trimtab.report.number_format import format_count, format_score, format_score_interval
 from trimtab.sources import hub_id_of
+from trimtab.starters import SMOLLM2
 
 # The Hub's names of the tasks, and the class with which stock peft reads an adapter of each.
 _HUB_TASKS = {
@@ -25,19 +26,21 @@ _HUB_TASKS = {
     "seq2seq": ("text2text-generation", "AutoPeftModelForSeq2SeqLM"),
 }
 
+_FILES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".conll", ".txt", ".gz", ".bz2", ".xz", ".zip", ".zst")
+
 
 def render_model_card(content: Content, trial: Trial) -> str | None:
     """The whole README.md of a trial's adapter; None where it was not scored."""
     system = content.system(trial.name)
     if system is None:
         return None
-    base, data = (_name_of(content.study.get(name)) for name in ("model", "train_data"))
+    base, data = _name_of(_base_of(content, trial)), _name_of(content.study.get("train_data"))
     method = wording.method_title(system.method)
     contrasts = [content.contrast(system, other) for other in content.untuned]
     verdicts = [(other.title, f"{wording.contrast_words(found)}") for other, found in
                 zip(content.untuned, contrasts, strict=True) if found]  # fmt: skip
     parts = [
-        f"---\n{_metadata(content, system).to_yaml().strip()}\n---",
+        f"---\n{_metadata(content, trial, system).to_yaml().strip()}\n---",
         f"# {plain(base)}, tuned with {plain(method)} on {plain(data)}",
         plain(wording.headline(content)) if system is content.tuned else "",
         "## Scores",
@@ -47,19 +50,24 @@ def render_model_card(content: Content, trial: Trial) -> str | None:
           if verdicts else []),
         "## How to use it", _usage(content),
         "## Training", facts_list(tables.training_facts(trial)),
-        "## Limits", _limits(content, system),
+        "## Limits", _limits(content, trial, system),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _base_of(content: Content, trial: Trial) -> str:
+    return str(trial.base or content.study.get("model"))
 
 
 def _name_of(source: object) -> str:
     """A source without the folders of the machine that it lay on; Hub ids and starters as they are."""
     text = str(source)
-    return Path(text).name if text.startswith(("/", ".", "~")) or text.count("/") > 1 else text
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1 or Path(text).suffix in _FILES
+    return Path(text).name if is_path else text
 
 
-def _metadata(content: Content, system: System) -> ModelCardData:
-    base, data = (_name_of(content.study.get(name)) for name in ("model", "train_data"))
+def _metadata(content: Content, trial: Trial, system: System) -> ModelCardData:
+    data = _name_of(content.study.get("train_data"))
     task, _ = _HUB_TASKS.get(content.task, ("text-classification", ""))
     results = [
         EvalResult(
@@ -76,7 +84,7 @@ def _metadata(content: Content, system: System) -> ModelCardData:
     ]
     return ModelCardData(
         model_name=f"{content.name}-{system.name}",
-        base_model=hub_id_of(base),
+        base_model=hub_id_of(_base_of(content, trial)),
         library_name="peft",
         pipeline_tag=task,
         tags=["trimtab", str(system.method)],
@@ -89,8 +97,7 @@ def _usage(content: Content) -> str:
     _, auto_class = _HUB_TASKS.get(content.task, ("", "AutoPeftModel"))
     names = content.data.get("label_names") or []
     labels = f", num_labels={len(names)}" if names else ", num_labels=1" if content.task == "regression" else ""
-    row = METHODS.get(str(content.study.get("method")))
-    if row is not None and not row.is_adapter:
+    if not is_adapter(str(content.study.get("method"))):
         return "It holds every weight of the model: `from_pretrained` of plain transformers reads this folder."
     lines = [
         "In stock peft, with FOLDER for where this file lies:", "",
@@ -109,6 +116,11 @@ def _usage(content: Content) -> str:
     return "\n".join([*lines, "", *told, f"Or with Trimtab: `trimtab {command}`."])
 
 
+def is_adapter(method: str) -> bool:
+    row = METHODS.get(method)
+    return row is None or row.is_adapter
+
+
 def _pair_lines(content: Content) -> list[str]:
     """How two texts are put to the tokenizer, where the adapter reads pairs."""
     if not (content.data.get("columns") or {}).get("text_pair"):
@@ -118,13 +130,27 @@ def _pair_lines(content: Content) -> list[str]:
     return [f'inputs = tokenizer({together}, return_tensors="pt")']
 
 
-def _limits(content: Content, system: System) -> str:
+def _limits(content: Content, trial: Trial, system: System) -> str:
     rows = format_count(content.data.get("train_rows"))
     told = [
         f"It learnt from {rows} rows, and its scores hold for texts that are drawn as the test rows were; on "
         "others they were not measured.",
-        "Its faults are those of its base and of its training rows: report.html shows the rows that it gets wrong.",
+        "Its faults are those of its base and of its training rows; the run's report.html shows the rows that it gets "
+        "wrong.",
     ]
+    base = _base_of(content, trial)
+    if not is_adapter(str(content.study.get("method"))):
+        pass  # it stands on no base
+    elif base == SMOLLM2:
+        told.append(
+            f"Its base, {base}, is {hub_id_of(base)} as a 4-bit file holds it: around the weights on the Hub it "
+            "answers nearly, not exactly, as scored here. Trimtab finds the base that it was trained on."
+        )
+    elif hub_id_of(base) is None:
+        told.append(
+            f"Its base is a folder, {_name_of(base)}: elsewhere, stock peft reads it by "
+            "PeftModel.from_pretrained(base, FOLDER), with the base loaded before."
+        )
     reference, metric = content.reference, content.primary_metric
     if reference is not None:
         score = reference.scores.get(metric)
