@@ -175,8 +175,8 @@ merged model.
 python benchmarks/prediction.py
 ```
 
-In one process, in turn, medians of {turns} turns of {turn_rows:,} rows each; other labels are those that the pipeline
-does not give:
+In one process, in turn, medians of {turns} turns of {turn_rows:,} rows each; other labels are those that the
+pipeline does not give:
 
 | | rows a second | times the pipeline | other labels | accuracy |
 | --- | --: | --: | --: | --: |

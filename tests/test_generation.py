@@ -248,7 +248,7 @@ def test_what_says_no_label_and_has_no_template_is_told(loaded, tmp_path):
     with pytest.raises(AdapterError, match="its tokenizer has no chat template; give plain prompts"):
         loaded.generate(PROMPTS, is_chat=True)
     reviews = write_reviews(tmp_path / "reviews.csv")
-    done = run_trimtab("predict", loaded.path, "--input", reviews)
+    done = run_trimtab("predict", loaded.path, "--input", reviews, "--base", "no/such/base")  # which is not looked for
     assert done.returncode == 2
     assert "is a causal_lm adapter, which writes texts: try `trimtab generate`" in done.stderr
 

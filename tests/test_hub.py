@@ -12,6 +12,7 @@ import torch
 
 from hub_server import HubServer
 from samples import run_here, write_reviews
+from trimtab import load_adapter
 from trimtab.study_config import build_study
 
 SETTINGS = ["--num-train-epochs=1", "--tokens-per-batch=128", "--max-length-tokens=32", "--learning-rate=0.01"]
@@ -182,24 +183,38 @@ def test_what_datasets_kept_is_read_offline_where_its_card_tells_the_revision(tr
     assert "fresh" not in other.stdout, other.stdout
 
 
-def test_a_hub_that_breaks_off_for_good_is_one_clear_error(hub, trimtab, tmp_path):
-    hub.cut_always.add("model.safetensors")
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client waits longer before each of its tries."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+def test_a_hub_that_breaks_off_for_good_is_one_clear_error(here, impatient):
+    from trimtab.errors import SourceError
+    from trimtab.progress import Silent
+    from trimtab.sources import locate_model
+
+    here.cut_always.add("model.safetensors")
     try:
-        done = trimtab("run", "--model=small/llama@main", "--train-data=small/reviews", f"--out={tmp_path / 'run'}")
+        with pytest.raises(SourceError, match=r"model 'small/llama@main' cannot be had from the Hub: .*; try again"):
+            locate_model("small/llama@main", Silent())
     finally:
-        hub.cut_always.clear()
-    assert done.returncode == 2
-    assert "model 'small/llama@main' cannot be had from the Hub" in " ".join(done.stderr.split())
-    assert "try again" in done.stderr
-    assert "Traceback" not in done.stderr
+        here.cut_always.clear()
+    assert locate_model("small/llama@main", Silent()).is_local
 
 
-def test_a_hub_that_is_not_there_is_one_clear_error(trimtab, tmp_path):
-    done = trimtab("run", "--model=small/llama", f"--out={tmp_path / 'run'}", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 2
-    assert "is neither a folder here nor in the Hub cache, and the Hub cannot be reached" in " ".join(
-        done.stderr.split()
-    )
+def test_a_hub_that_is_not_there_is_one_clear_error(here, impatient, monkeypatch):
+    from trimtab.errors import SourceError
+    from trimtab.progress import Silent
+    from trimtab.sources import locate_model
+
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
+    url = nowhere + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url)
+    with pytest.raises(SourceError, match="neither a folder here nor in the Hub cache, and the Hub cannot be reached"):
+        locate_model("small/llama", Silent())
 
 
 @pytest.mark.parametrize(
@@ -320,7 +335,9 @@ def test_shards_of_an_interrupted_fetch_are_completed_and_then_never_asked_for_a
     assert not locate_model("small/sharded", Silent()).is_local
 
 
-def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model_folder):
+def test_an_adapter_goes_to_the_hub_and_comes_back(hub, here, trimtab, tmp_path):
+    from trimtab.errors import AdapterError
+
     data = write_reviews(tmp_path / "reviews.csv", 120)
     done = trimtab(
         "run",
@@ -347,17 +364,12 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, trimtab, tmp_path, model
     assert json.loads((there / "adapter_config.json").read_text())["base_model_name_or_path"] == "small/llama"
     assert len(json.loads((there / "adapter_config.json").read_text())["revision"]) == 40
     assert str(tmp_path) not in "".join(path.read_text() for path in there.glob("*.json"))
-    shutil.rmtree(tmp_path / "hf")  # another machine, which has to fetch the base as well
-    said = trimtab("predict", "small/reviews-lora", "--input", data, "--out", tmp_path / "found.jsonl")
-    assert said.returncode == 0, said.stderr
-    local = trimtab("predict", adapter, "--input", data, "--out", tmp_path / "wanted.jsonl")
-    assert local.returncode == 0, local.stderr
-    assert (tmp_path / "found.jsonl").read_text() == (tmp_path / "wanted.jsonl").read_text()
+    # In this process, on another machine: it has to fetch the base as well.
+    texts = ["a joy", "a bore"]
+    assert load_adapter("small/reviews-lora").predict(texts) == load_adapter(adapter).predict(texts)
     (there / "adapter_model.safetensors").write_bytes(b"other")  # what came down the wire is checked as what lay here
-    shutil.rmtree(tmp_path / "hf")
-    broken = trimtab("predict", "small/reviews-lora", "--input", data)
-    assert broken.returncode == 2
-    assert "adapter_model.safetensors is not what was saved" in " ".join(broken.stderr.split())
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors is not what was saved"):
+        load_adapter("small/reviews-lora@main")
 
 
 def test_what_is_sent_of_an_adapter_of_a_folder_does_not_tell_where_it_lay(hub, trimtab, tmp_path, model_folder):
@@ -387,7 +399,7 @@ print(AutoPeftModelForSequenceClassification.from_pretrained(sys.argv[1], num_la
 """
 
 
-def test_the_base_is_found_again_where_its_repository_went_on(hub, trimtab, tmp_path, model_folder):
+def test_the_base_is_found_again_where_its_repository_went_on(hub, here, trimtab, tmp_path, model_folder):
     """And stock peft finds it by what the config says: the id and the commit."""
     there = hub.root / "small" / "moving"
     shutil.copytree(model_folder("llama"), there)
@@ -402,9 +414,7 @@ def test_the_base_is_found_again_where_its_repository_went_on(hub, trimtab, tmp_
 
     there.rename(hub.root / "small" / "moving@earlier")
     shutil.copytree(model_folder("bert"), there)
-    elsewhere = {"HF_HOME": str(tmp_path / "another machine"), "TRIMTAB_HOME": str(tmp_path / "its cache")}
-    found = trimtab("predict", adapter, "--input", data, "--out", tmp_path / "found.jsonl", **elsewhere)
-    assert found.returncode == 0, found.stderr
+    assert load_adapter(adapter).predict(["a joy"])  # in this process, which has another cache
     stock = trimtab(adapter, program=["-c", STOCK], HF_HOME=str(tmp_path / "a third one"))
     assert stock.stdout.split()[-1:] == ["llama"], stock.stderr
 

@@ -11,23 +11,47 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from trimtab.adapters import LoadedAdapter
+from trimtab.adapters.files import check_folder
 from trimtab.adapters.quick_labels import QuickLabels
 from trimtab.data import Row
 from trimtab.data.reading import ArrivingRows, stream_file
 from trimtab.engine.frozen import NumberFormat
-from trimtab.errors import DataError, RowError, StudyError
+from trimtab.errors import AdapterError, DataError, RowError, StudyError
 from trimtab.evaluation.unlabelled import Record, Said, prompt_in, row_without_label, text_in
 from trimtab.generation import Prompt
 from trimtab.precision import use_float32
 from trimtab.progress import Progress, Silent
 from trimtab.runs import write_file
 from trimtab.sampling import Sampling
+from trimtab.tasks import get_task
+from trimtab.tasks.causal_lm import CausalLM
 
 OutputFormat = Literal["jsonl", "csv", "parquet"]
 # Rows that are held at once.
 ROWS_AT_ONCE = 512
 _PROMPTS_AT_ONCE = 16
 STREAM = "-"
+
+
+def check_use(folder: Path, *, writes: bool) -> None:
+    """Refuse an adapter for what its task does not do, before weights are read.
+
+    What another program saved tells its task only with its base.
+
+    Args:
+        writes: whether it is to write texts, or else to say something of rows.
+
+    Raises:
+        AdapterError: it is for other things, or damaged.
+    """
+    name = check_folder(folder).get("task")
+    if name is None:
+        return
+    is_language_model = isinstance(get_task(name), CausalLM)
+    if writes and not (is_language_model or get_task(name).writes_answers):
+        raise AdapterError(f"{folder} is a {name} adapter, which writes no texts: try `trimtab predict`")
+    if not writes and is_language_model:
+        raise AdapterError(f"{folder} is a {name} adapter, which writes texts: try `trimtab generate`")
 
 
 def predict_records(

@@ -79,13 +79,16 @@ def predict(
 
     from trimtab.adapters import load_adapter
     from trimtab.console import make_progress
-    from trimtab.prediction import check_output, predict_records, read_records, write_records
+    from trimtab.prediction import check_output, check_use, predict_records, read_records, write_records
+    from trimtab.sources import locate_adapter
 
     check_output(out, output_format)
     rows = read_records(source)
+    folder = locate_adapter(adapter)
+    check_use(folder, writes=False)
     _prepare_machine()
     with make_progress(quiet) as progress:
-        loaded = load_adapter(adapter, base, quantize=quantize, progress=progress)
+        loaded = load_adapter(folder, base, quantize=quantize, progress=progress)
         records = predict_records(
             loaded, rows, _called(source), text_column=text_column, text_pair_column=text_pair_column,
             precision=precision, progress=progress,
@@ -132,17 +135,20 @@ def generate(
     """
     from trimtab.adapters import load_adapter
     from trimtab.console import make_progress, write_interactively
-    from trimtab.prediction import generate_records, write_records
+    from trimtab.prediction import check_use, generate_records, write_records
     from trimtab.sampling import Sampling
+    from trimtab.sources import locate_adapter
 
     rows = _open_prompts(source, prompt, out, output_format, text_column)
     sampling = Sampling(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, min_p, typical_p, no_repeat_ngram_size,
         tuple(stop_strings or ()), do_sample,
     )  # fmt: skip
+    folder = locate_adapter(adapter)
+    check_use(folder, writes=True)
     _prepare_machine()
     with make_progress(quiet) as progress:
-        loaded = load_adapter(adapter, base, quantize=quantize, progress=progress)
+        loaded = load_adapter(folder, base, quantize=quantize, progress=progress)
         if rows is not None:
             records = generate_records(
                 loaded, rows, _called(source), text_column=text_column, sampling=sampling, is_chat=_IS_CHAT[chat],
