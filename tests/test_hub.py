@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,35 +90,6 @@ def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
     assert offline.returncode == 0, offline.stderr
     assert len(hub.requests) == asked
     assert not any(path.endswith((".bin", ".onnx", ".png", ".gitattributes")) for _, path in hub.requests)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model=small/nothing", "--train-data=small/reviews"],
-         "model 'small/nothing' cannot be had from the Hub: 404, no such repository, or a private one; check the name"),
-        (["--model=small/gated", "--train-data=small/reviews"],
-         "model 'small/gated' cannot be had from the Hub: 401, its owner gives access on request; ask for it on its page, "
-         "then log in with `hf auth login`, or set HF_TOKEN"),
-        (["--model=small/llama@v9", "--train-data=small/reviews"],
-         "model 'small/llama@v9' cannot be had from the Hub: 404, it has no revision 'v9'"),
-        (["--model=small/empty", "--train-data=small/reviews"],
-         "model 'small/empty' cannot be had from the Hub: 404, it holds no config.json, so it is no model"),
-        (["--model=small/llama", "--train-data=small/nothing"],
-         "nor to be had from the Hub: 404, no such repository, or a private one"),
-        (["--model=small/llama", "--train-data=small/gated"],
-         "nor to be had from the Hub: 401, its owner gives access on request"),
-        (["--model=small/llama", "--train-data=small/reviews@v9"],
-         "nor to be had from the Hub: 404, it has no revision 'v9'"),
-    ],
-    ids=["no such model", "gated model", "no such revision", "no config", "no such data", "gated data",
-         "no such revision of data"],
-)  # fmt: skip
-def test_what_the_hub_does_not_give_is_one_clear_error(trimtab, tmp_path, flags, message):
-    done = trimtab("run", *flags, *SETTINGS, f"--out={tmp_path / 'run'}")
-    assert done.returncode == 2, done.stderr
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
@@ -220,17 +192,46 @@ def test_a_hub_that_is_not_there_is_one_clear_error(here, impatient, monkeypatch
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("small/nothing", "adapter 'small/nothing' cannot be had from the Hub: 404, no such repository"),
-        ("small/gated", "adapter 'small/gated' cannot be had from the Hub: 401, its owner gives access on request"),
-        ("small/llama@v9", "adapter 'small/llama@v9' cannot be had from the Hub: 404, it has no revision 'v9'"),
+        ("nothing", "cannot be had from the Hub: 404, no such repository, or a private one; check the name"),
+        ("gated", "cannot be had from the Hub: 401, its owner gives access on request; ask for it on its page, then log in "
+                  "with `hf auth login`, or set HF_TOKEN"),
+        ("llama@v9", "cannot be had from the Hub: 404, it has no revision 'v9'"),
+        ("empty", "cannot be had from the Hub: 404, it holds no config.json, so it is no model"),
+    ],
+)  # fmt: skip
+def test_a_model_or_adapter_that_the_hub_does_not_give_is_one_clear_error(here, name, message):
+    from trimtab.errors import SourceError
+    from trimtab.progress import Silent
+    from trimtab.sources import locate_adapter, locate_model
+
+    with pytest.raises(SourceError, match=re.escape(f"model 'small/{name}' {message}")):
+        locate_model(f"small/{name}", Silent())
+    if name != "empty":
+        with pytest.raises(SourceError, match=re.escape(f"adapter 'small/{name}' {message}")):
+            locate_adapter(f"small/{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "404, no such repository, or a private one"),
+        ("gated", "401, its owner gives access on request"),
+        ("reviews@v9", "404, it has no revision 'v9'"),
     ],
 )
-def test_an_adapter_that_the_hub_does_not_give_is_one_clear_error(here, name, message):
+def test_data_that_the_hub_does_not_give_are_one_clear_error(here, name, message):
+    from trimtab.data.hub import load_hub_data
     from trimtab.errors import SourceError
-    from trimtab.sources import locate_adapter
 
-    with pytest.raises(SourceError, match=message):
-        locate_adapter(name)
+    with pytest.raises(SourceError, match=f"data 'small/{name}' is neither .* to be had from the Hub: {message}"):
+        load_hub_data(f"small/{name}")
+
+
+def test_such_an_error_ends_the_command(trimtab, tmp_path):
+    done = trimtab("run", "--model=small/gated", "--train-data=small/reviews", f"--out={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "model 'small/gated' cannot be had from the Hub: 401" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
 
 
 def test_an_adapter_that_lies_here_whole_is_not_asked_for_again(here, finished_adapter):
