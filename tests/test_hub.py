@@ -86,8 +86,8 @@ def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
     assert again.stdout.split() == ["120", "True"], again.stderr
     assert [path for _, path in hub.requests[asked:] if "small" in path] == []  # what is here is not asked for again
     asked = len(hub.requests)
-    offline = trimtab("run", *flags, f"--out={tmp_path / 'offline'}", "--json", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 0, offline.stderr
+    offline = trimtab("small/reviews", "small/llama", program=["-c", LOCATE], HF_HUB_OFFLINE="1")
+    assert offline.stdout == again.stdout, offline.stderr
     assert len(hub.requests) == asked
     assert not any(path.endswith((".bin", ".onnx", ".png", ".gitattributes")) for _, path in hub.requests)
 
@@ -373,24 +373,25 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, here, trimtab, tmp_path)
         load_adapter("small/reviews-lora@main")
 
 
-def test_what_is_sent_of_an_adapter_of_a_folder_does_not_tell_where_it_lay(hub, trimtab, tmp_path, model_folder):
+def test_what_is_sent_of_an_adapter_of_a_folder_does_not_tell_where_it_lay(
+    hub, here, tmp_path, model_folder, monkeypatch
+):
+    from trimtab.errors import SourceError
+    from trimtab.publishing import push_adapter
+
     base = shutil.copytree(model_folder("bert"), tmp_path / "at home" / "gpt2")  # which the Hub has one of, too
     data = write_reviews(tmp_path / "reviews.csv", 60)
     run_here(build_study({"model": str(base), "train_data": str(data), "num_train_epochs": 1, "tokens_per_batch": 128,
                           "max_length_tokens": 32, "out": str(tmp_path / "run")}))  # fmt: skip
-    sent = trimtab(
-        "push", tmp_path / "run" / "trials" / "lora-s0" / "adapter", "small/of-a-folder", HF_TOKEN="hf_of_a_test"
-    )
-    assert sent.returncode == 0, sent.stderr
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    push_adapter(tmp_path / "run" / "trials" / "lora-s0" / "adapter", "small/of-a-folder")
     there = hub.root / "small" / "of-a-folder"
     assert "at home" not in "".join(path.read_text() for path in there.glob("*") if path.suffix in (".json", ".md"))
     assert json.loads((there / "adapter_config.json").read_text())["base_model_name_or_path"] == "./gpt2"
-    said = trimtab("predict", "small/of-a-folder", "--input", data)
-    assert said.returncode == 2
-    assert "no model folder at './gpt2'" in " ".join(said.stderr.split())
-    assert "give it with --base" in " ".join(said.stderr.split())
-    found = trimtab("predict", "small/of-a-folder", "--base", base, "--input", data, "--out", tmp_path / "found.jsonl")
-    assert found.returncode == 0, found.stderr
+    with pytest.raises(SourceError, match=r"no model folder at './gpt2'.*give it with --base"):
+        load_adapter("small/of-a-folder")
+    assert load_adapter("small/of-a-folder", base=str(base)).predict(["a joy"])
 
 
 STOCK = """
