@@ -183,9 +183,9 @@ pipeline does not give:
 {rates}
 
 `--precision auto` computes in int8, and anew in float32 where the two likeliest labels are closer than the largest
-error of int8 on the first 256 rows. The same over {rows:,} rows, the command from its start to its end (the pipeline
-without its start), with the labels that are not float32's, and memory in MiB after a tenth, a half and nine tenths of
-the time:
+error of int8 on the first 256 rows. The same over {rows:,} rows, once each: the data set's sentences, repeated. The
+command from its start to its end (the pipeline without its start), with the labels that are not float32's, and memory
+in MiB after a tenth, a half and nine tenths of the time:
 
 | | time | times the pipeline | other labels than float32's | 1/10 | 1/2 | 9/10 |
 | --- | --: | --: | --: | --: | --: | --: |

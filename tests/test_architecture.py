@@ -12,6 +12,7 @@ FLOORS = [
     "__main__",
     "cli",
     "console",
+    "conversation",
     "support",
     "study",
     "prediction",

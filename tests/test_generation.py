@@ -1,5 +1,6 @@
 """Texts that an adapter writes: as stock peft does, in batches as alone, seeded, beside the base, and as a stream."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import trimtab
 from samples import Notes, run_here, run_trimtab, write_reviews, write_tales
+from trimtab import conversation
 from trimtab.errors import AdapterError, DataError, InputError, RowError
 from trimtab.generation import check_room, continue_prompts
 from trimtab.prediction import generate_records
@@ -356,3 +358,18 @@ def test_a_chat_template_is_used_where_it_is_asked_for(loaded, monkeypatch):
     tokenizer = loaded.scorer.base.tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }} truly{% endfor %}")
     assert loaded.generate(["a joy"], Sampling(8), is_chat=True) == loaded.generate(["a joy truly"], Sampling(8))
+
+
+def test_a_typed_chat_goes_on_and_forgets_what_has_no_room(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\nthree\n"))
+    asked = []
+
+    def write(turns):
+        asked.append([turn["content"] for turn in turns])
+        if len(turns) > 3:
+            raise RowError("1", "more than there are positions for")
+        return turns[-1]["content"].upper()
+
+    conversation._chat(write)
+    whole = ["one", "ONE", "two", "TWO", "three"]
+    assert asked == [whole[:1], whole[:3], whole, whole[2:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,18 +14,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trimtab.errors import RowError
 from trimtab.progress import Silent
 from trimtab.report.number_format import PERCENTAGES
 from trimtab.runs import SystemFolder, read_json
 
 if TYPE_CHECKING:
-    from trimtab.adapters import LoadedAdapter
     from trimtab.estimate import Estimate
-    from trimtab.generation import Prompt
     from trimtab.merging import Merge
     from trimtab.publishing import Push
-    from trimtab.sampling import Sampling
     from trimtab.support import Support
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -179,65 +175,6 @@ def show_two(comparison: dict[str, Any]) -> None:
     out.print(table)
     for found in comparison["contrasts"]:
         out.print(_contrast_line(found, {}))
-
-
-def write_interactively(
-    adapter: LoadedAdapter, prompts: Sequence[str] | None, sampling: Sampling, is_chat: bool | None, compare: bool
-) -> None:
-    """Show what is written while it is written: after each of `prompts`, or after each line of standard input.
-
-    A chat that is typed on a terminal goes on from what was said before, as far back as the model has room for.
-    """
-
-    def tell(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def write(asked: Prompt) -> str:
-        if compare:
-            tell("base:  ")
-            with adapter.disable():
-                adapter.generate([asked], sampling, is_chat=is_chat, on_text=tell)
-            tell("\ntuned: ")
-        (answer,) = adapter.generate([asked], sampling, is_chat=is_chat, on_text=tell)
-        tell("\n")
-        return answer
-
-    in_chat = adapter.facts.get("is_chat") if is_chat is None else is_chat
-    if prompts is None and in_chat and sys.stdin.isatty() and not adapter.scorer.task.writes_answers:
-        _chat(write)
-        return
-    for prompt in prompts if prompts is not None else _typed_lines():
-        write(prompt)
-
-
-def _chat(write: Callable[[Prompt], str]) -> None:
-    """Answer what is typed, each after all that was said; what was said first is forgotten where there is no room."""
-    turns: list[dict[str, str]] = []
-    for line in _typed_lines():
-        turns.append({"role": "user", "content": line})
-        while True:
-            try:
-                answer = write(turns)
-                break
-            except RowError:  # too long for the model's positions
-                if len(turns) == 1:
-                    raise
-                del turns[:2]
-        turns.append({"role": "assistant", "content": answer})
-
-
-def _typed_lines() -> Iterator[str]:
-    is_typed = sys.stdin.isatty()
-    while True:
-        if is_typed:
-            sys.stdout.write("> ")
-            sys.stdout.flush()
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.rstrip("\n")
 
 
 def show_merge(merge: Merge, out: Path) -> None:

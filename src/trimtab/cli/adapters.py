@@ -134,7 +134,8 @@ def generate(
       trimtab generate runs/tales/trials/lora-s0/adapter
     """
     from trimtab.adapters import load_adapter
-    from trimtab.console import make_progress, write_interactively
+    from trimtab.console import make_progress
+    from trimtab.conversation import write_interactively
     from trimtab.prediction import check_use, generate_records, write_records
     from trimtab.sampling import Sampling
     from trimtab.sources import locate_adapter

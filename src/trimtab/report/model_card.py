@@ -97,7 +97,7 @@ def _usage(content: Content) -> str:
     _, auto_class = _HUB_TASKS.get(content.task, ("", "AutoPeftModel"))
     names = content.data.get("label_names") or []
     labels = f", num_labels={len(names)}" if names else ", num_labels=1" if content.task == "regression" else ""
-    if not is_adapter(str(content.study.get("method"))):
+    if not _is_adapter(content):
         return "It holds every weight of the model: `from_pretrained` of plain transformers reads this folder."
     lines = [
         "In stock peft, with FOLDER for where this file lies:", "",
@@ -116,8 +116,8 @@ def _usage(content: Content) -> str:
     return "\n".join([*lines, "", *told, f"Or with Trimtab: `trimtab {command}`."])
 
 
-def is_adapter(method: str) -> bool:
-    row = METHODS.get(method)
+def _is_adapter(content: Content) -> bool:
+    row = METHODS.get(str(content.study.get("method")))
     return row is None or row.is_adapter
 
 
@@ -139,14 +139,13 @@ def _limits(content: Content, trial: Trial, system: System) -> str:
         "wrong.",
     ]
     base = _base_of(content, trial)
-    if not is_adapter(str(content.study.get("method"))):
-        pass  # it stands on no base
-    elif base == SMOLLM2:
+    stands_on_base = _is_adapter(content)
+    if stands_on_base and base == SMOLLM2:
         told.append(
             f"Its base, {base}, is {hub_id_of(base)} as a 4-bit file holds it: around the weights on the Hub it "
             "answers nearly, not exactly, as scored here. Trimtab finds the base that it was trained on."
         )
-    elif hub_id_of(base) is None:
+    elif stands_on_base and hub_id_of(base) is None:
         told.append(
             f"Its base is a folder, {_name_of(base)}: elsewhere, stock peft reads it by "
             "PeftModel.from_pretrained(base, FOLDER), with the base loaded before."
