@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -181,21 +183,30 @@ def run_here(study: Any, progress: Any = None) -> dict[str, Any]:
         return run_study(study, progress)
 
 
-def run_trimtab(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command as a user gives it: in this process where it may be, since another takes seconds to import all."""
-    command = ["trimtab", *map(str, arguments)]
-    if command[1] not in ("predict", "generate", "merge"):
-        alone = [sys.executable, "-m", *command]
-        return subprocess.run(alone, capture_output=True, text=True, cwd=cwd, check=False)
-    from trimtab.cli import main
+@functools.cache
+def _command() -> Callable[[], None]:
+    """`trimtab` with a study's flags, which it reads only where the command line asks for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["trimtab", "run"])
+        from trimtab.cli import main
+    return main
 
+
+def run_trimtab(
+    *arguments: str | Path, cwd: Path | None = None, alone: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The command as a user gives it, in this process if not `alone`: another one takes seconds to import all."""
+    command = ["trimtab", *map(str, arguments)]
+    if alone:
+        in_new = [sys.executable, "-m", *command]
+        return subprocess.run(in_new, capture_output=True, text=True, cwd=cwd, check=False)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", command)
         if cwd is not None:
             patch.chdir(cwd)
         try:
-            main()
+            _command()()
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())

@@ -226,7 +226,7 @@ def test_no_space_left(tmp_path):
 
 
 def test_the_command_exits_with_2_and_one_line(tmp_path, reviews):
-    done = run_trimtab("run", "--train-data", reviews, "--method", "lorra")
+    done = run_trimtab("run", "--train-data", reviews, "--method", "lorra", alone=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("trimtab: unknown method 'lorra'; did you mean 'lora'?")
     assert "Traceback" not in done.stderr

@@ -61,7 +61,7 @@ def test_one_part_alone_is_that_part(two, unseen, tmp_path):
 
 def test_adapters_of_the_hub_and_a_base_that_was_moved(two, unseen, tmp_path, monkeypatch, model_folder):
     """As `predict` and `merge` take them."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub" / "hub"))
     for number, name in enumerate(("first", "second")):
         repository = tmp_path / "hub" / "hub" / f"models--small--{name}"
         shutil.copytree(two[number], repository / "snapshots" / ("0" * 40))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hub_server import HubServer
-from samples import run_here, write_reviews
+from samples import run_here, run_trimtab, write_reviews
 from trimtab import load_adapter
 from trimtab.study_config import build_study
 
@@ -336,7 +336,7 @@ def test_shards_of_an_interrupted_fetch_are_completed_and_then_never_asked_for_a
     assert not locate_model("small/sharded", Silent()).is_local
 
 
-def test_an_adapter_goes_to_the_hub_and_comes_back(hub, here, trimtab, tmp_path):
+def test_an_adapter_goes_to_the_hub_and_comes_back(hub, here, trimtab, tmp_path, monkeypatch):
     from trimtab.errors import AdapterError
 
     data = write_reviews(tmp_path / "reviews.csv", 120)
@@ -352,12 +352,14 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, here, trimtab, tmp_path)
     adapter = tmp_path / "run" / "trials" / "lora-s0" / "adapter"
     (adapter / ".env").write_text("SECRET=1")  # nothing of the adapter's
     asked = len(hub.requests)
-    dry = trimtab("push", adapter, "small/reviews-lora", "--dry-run")
+    dry = run_trimtab("push", adapter, "small/reviews-lora", "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert "adapter_model.safetensors" in dry.stdout
     assert "all is in order for small/reviews-lora; nothing was sent" in dry.stdout
     assert len(hub.requests) == asked
-    sent = trimtab("push", adapter, "small/reviews-lora", "--json", HF_TOKEN="hf_of_a_test")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    sent = run_trimtab("push", adapter, "small/reviews-lora", "--json")
     assert sent.returncode == 0, sent.stderr
     assert json.loads(sent.stdout)["url"].endswith("/commit/1")
     there = hub.root / "small" / "reviews-lora"

@@ -137,7 +137,7 @@ def test_running_the_resolved_file_repeats_the_run_to_the_bit(finished, tmp_path
     family, run, comparison, _ = finished
     if family != "llama":
         pytest.skip("one family is enough")
-    done = run_trimtab("run", run.study, "--json", "--out", tmp_path / "again")
+    done = run_trimtab("run", run.study, "--json", "--out", tmp_path / "again", alone=True)
     assert done.returncode == 0, done.stderr
     again = RunFolder(tmp_path / "again")
     first, second = (load_file(r.trial("lora", 0).adapter / "adapter_model.safetensors") for r in (run, again))
