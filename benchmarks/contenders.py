@@ -72,7 +72,7 @@ def make_study(arguments: argparse.Namespace) -> StudyConfig:
             "max_length_tokens": arguments.max_length_tokens,
             "layers_to_transform": arguments.layers_to_transform,
             "max_train_rows": arguments.train_rows,
-            "max_validation_rows": 400,
+            "max_validation_rows": arguments.validation_rows,
             "max_test_rows": 1000,
             "num_train_epochs": arguments.epochs,
             "evaluations_per_epoch": 4,
@@ -171,11 +171,19 @@ class TrimtabContender:
         probe, _ = fit_probe(self.scorer, self.train, self.validation)
         self.attach()
         start_head_at_probe(self.scorer.base.model, probe)
-        reached: list[tuple[float, float]] = []
+        before_steps = time.perf_counter() - started
+        reached: list[dict[str, float]] = []
+        state = self.state
 
         class Listener(Silent):
             def note(self, text: str) -> None:
-                reached.append((time.perf_counter() - started, float(text.rpartition("accuracy ")[2])))
+                reached.append(
+                    {
+                        "seconds": time.perf_counter() - started,
+                        "seconds_but_validations": before_steps + state.seconds,
+                        "accuracy": float(text.rpartition("accuracy ")[2]),
+                    }
+                )
 
         run_loop(self.study, self.scorer, self.peft_model, self.state, self.plan, self.validation, Listener())
         set_adapter_training(self.peft_model, False)
@@ -290,7 +298,8 @@ class TrainerContender:
             int(p == label) for p, label in zip(predicted["validation"], self.labels["validation"], strict=True)
         )
         accuracy = right / len(self.labels["validation"])
-        return {"seconds": seconds, "validation": [(seconds, accuracy)], "predicted": predicted["test"].tolist()}
+        last = {"seconds": seconds, "accuracy": accuracy}
+        return {"seconds": seconds, "validation": [last], "predicted": predicted["test"].tolist()}
 
     def predict(self, trainer: Any, split: str) -> Any:
         found = trainer.predict(self.splits[split])
@@ -313,6 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-rows", type=int, default=16, help="texts in a batch, on average")
     parser.add_argument("--layers-to-transform", default="all")
     parser.add_argument("--train-rows", type=int, default=2000)
+    parser.add_argument("--validation-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=2)
     return parser
 

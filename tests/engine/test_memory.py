@@ -1,6 +1,8 @@
 """Pages of mapped weights: given back where a file holds the same, kept where somebody wrote to them."""
 
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trimtab.engine.memory import give_back_mapped_pages
+from trimtab.engine.batches import Collator
+from trimtab.engine.forward import choose_forward
+from trimtab.engine.fused import native
+from trimtab.engine.memory import give_back_mapped_pages, keep_freed_memory, own_pages, weights_read_in_passing
+from trimtab.tasks.examples import Example
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux")
 SIDE = 1024  # 4 MiB
@@ -60,3 +66,55 @@ def test_memory_of_no_file_is_kept():
     before = fresh.clone()
     give_back_mapped_pages(fresh, fresh[:, :8])
     assert torch.equal(fresh, before)
+
+
+def test_a_model_that_is_read_in_passing_holds_a_layer_at_a_time(tmp_path):
+    torch.manual_seed(0)
+    save_file({str(number): torch.randn(SIDE, SIDE) for number in range(4)}, tmp_path / "weights.safetensors")
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(4))
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        for number, layer in enumerate(model.layers):
+            layer.weight = torch.nn.Parameter(file.get_tensor(str(number)), requires_grad=False)
+    seen = {}
+    for way in (nullcontext, weights_read_in_passing):
+        states, found = torch.ones(1, SIDE), []
+        with way(model):
+            for layer in model.layers:
+                states = layer(states)
+                found.append(resident_kib(model.layers[0].weight))  # all four weights lie in one mapping
+        give_back_mapped_pages(*model.parameters())
+        seen[way] = max(found)
+    assert seen[nullcontext] >= 4 * 4000
+    assert seen[weights_read_in_passing] < 2 * 4096
+    assert not model.layers[0]._forward_hooks
+
+
+def anonymous_kib():
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def test_what_has_pages_of_its_own_goes_back_when_it_is_freed():
+    keep_freed_memory()  # as in training, when the heap gives nothing back
+    before = anonymous_kib()
+    with own_pages():
+        weights = [torch.ones(SIDE // 2, SIDE) for _ in range(128)]  # 2 MiB each
+    assert anonymous_kib() > before + 200_000
+    del weights
+    assert anonymous_kib() < before + 60_000  # what fitted into the heap's free room stays in it
+
+
+@pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+def test_a_pass_that_is_only_looked_at_leaves_no_weight_laid_out(tiny_model):
+    model = tiny_model("llama")
+    forward = choose_forward(model, 0, 32, False).forward
+    stack = forward.stack
+    assert all(group.weight.tiles is None for group in stack.groups)
+    batch = Collator([Example([5, 6, 7], None, [2], [0])], True, 0, 0).collate([0])
+    with torch.no_grad():
+        with stack.in_passing():
+            looked_at = forward.logits(batch)
+        assert all(group.weight.tiles is None for group in stack.groups)
+        kept = forward.logits(batch)
+    assert any(group.weight.tiles is not None for group in stack.groups)
+    assert torch.equal(looked_at, kept)

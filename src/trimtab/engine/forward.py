@@ -18,6 +18,7 @@ from trimtab.engine.fused import native
 from trimtab.engine.fused.stack import LayerStack, build_stack
 from trimtab.engine.fused.vocabulary import VocabularyHead
 from trimtab.engine.last_layer import only_rows
+from trimtab.engine.memory import weights_read_in_passing
 from trimtab.engine.mixed import current_mix
 from trimtab.tasks.examples import Example
 from trimtab.tasks.heads import (
@@ -280,7 +281,8 @@ def _fused_forward(model: Any, probe: Callable[[PackedForward], float]) -> Packe
     try:
         if is_language_model(model):
             stack.head = _vocabulary_head(readout_of(model))
-        return forward if probe(forward) <= PROBE_TOLERANCE else None
+        with stack.in_passing():
+            return forward if probe(forward) <= PROBE_TOLERANCE else None
     except (RuntimeError, AttributeError, TypeError):  # a build that looks known and is not
         return None
 
@@ -319,7 +321,7 @@ def _make_probe(
     device = next(model.parameters()).device
     pack = Collator(examples, True, offset, pad_token_id).collate(range(len(examples))).to(device)
     model.set_attn_implementation(stock)
-    with torch.no_grad():
+    with torch.no_grad(), weights_read_in_passing(model):
         alone = _logits_alone(model, examples, pad_token_id, device)
     model.set_attn_implementation(attention.IMPLEMENTATION)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engine import attention
+from trimtab.engine.memory import weights_read_in_passing
 from trimtab.tasks.heads import backbone_of
 
 # Largest difference from the plain twin, relative to the states' largest value.
@@ -113,7 +114,7 @@ def _honours_rows(model: Any) -> bool:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), weights_read_in_passing(backbone):
             plain = backbone(**inputs).last_hidden_state[0].index_select(0, rows)
             with only_rows(rows):
                 limited = backbone(**inputs).last_hidden_state[0]

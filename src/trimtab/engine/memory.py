@@ -6,24 +6,47 @@ import ctypes
 import functools
 import mmap
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_mmap_threshold = 128 << 10  # bytes from which an allocation has pages of its own; glibc's, until they are to be kept
+_OWN_PAGES_FROM = 64 << 10
 _DONT_NEED = 4  # madvise(2)
 _PAGE = mmap.PAGESIZE
 
 
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed pages for the next tensors (Linux on CPU; elsewhere nothing happens)."""
+    global _mmap_threshold
     glibc = _glibc()
     if glibc is not None:
-        glibc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        _mmap_threshold = 1 << 30
+        glibc.mallopt(_MMAP_THRESHOLD, _mmap_threshold)
         glibc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+@contextmanager
+def own_pages() -> Iterator[None]:
+    """While this lasts, give what the heap has no room for pages of its own, which go back to the system when freed.
+
+    For weights that are laid out, which outlive all that is allocated beside them: a heap in which both lie has holes.
+    """
+    glibc = _glibc()
+    if glibc is None:
+        yield
+        return
+    glibc.mallopt(_MMAP_THRESHOLD, _OWN_PAGES_FROM)
+    try:
+        yield
+    finally:
+        glibc.mallopt(_MMAP_THRESHOLD, _mmap_threshold)
 
 
 def give_back_freed_memory() -> None:
@@ -48,6 +71,26 @@ def give_back_mapped_pages(*tensors: Tensor) -> None:
         start, pages = _pages_of(tensor)
         if pages > 0 and not _any_was_written(start // _PAGE, pages):
             glibc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(pages * _PAGE), _DONT_NEED)
+
+
+@contextmanager
+def weights_read_in_passing(model: nn.Module) -> Iterator[None]:
+    """While this lasts, each of the model's layers gives its mapped pages back as soon as it has computed.
+
+    For a forward that is run to be compared with: at no time are more weights in memory than a layer's.
+    """
+
+    def give_back(layer: nn.Module, *_: Any) -> None:
+        give_back_mapped_pages(*layer.parameters())
+
+    layers = [layer for part in model.modules() if isinstance(part, nn.ModuleList) for layer in part]
+    handles = [layer.register_forward_hook(give_back) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        give_back(model)
 
 
 @functools.cache

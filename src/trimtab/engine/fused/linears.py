@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from trimtab.engine.fused.formats import Adapter, LowRank, Masks, Rows, Want, Weight, draw_masks, quantise_weight
-from trimtab.engine.memory import give_back_mapped_pages
+from trimtab.engine.memory import give_back_mapped_pages, own_pages
 from trimtab.engine.mixed import Mix, multiply_chunks
 
 # A module of kernels: `plain` or `native`.
@@ -76,12 +76,17 @@ class LinearGroup:
         Raises:
             ValueError: the weight's sides cannot be divided by 4.
         """
-        self.weight = Weight(self.weight.parts, int8=quantise_weight(self.weight.values))
+        with own_pages():
+            self.weight = Weight(self.weight.parts, int8=quantise_weight(self.weight.values))
         give_back_mapped_pages(*self.weight.parts)
 
     def use_float32(self) -> None:
         if self.weight.int8 is not None:
             self.weight = Weight(self.weight.parts)
+
+    def release(self) -> None:
+        """Give back what the weight was laid out in for float32; a forward makes it again."""
+        self.weight = self.weight._replace(tiles=None)
 
     def find_adapters(self) -> None:
         """Read the LoRA parts that peft has put around the layers, as they stand.
@@ -143,7 +148,8 @@ class LinearGroup:
     def forward(self, rows: Rows, addend: Tensor | None = None) -> tuple[Tensor, Kept | None]:
         """The product + addend."""
         if self.weight.int8 is None and self.weight.tiles is None:  # not held beside int8
-            self.weight = self.weight._replace(tiles=self.kernels.lay_out(self.weight.values))
+            with own_pages():
+                self.weight = self.weight._replace(tiles=self.kernels.lay_out(self.weight.values))
             if self.weight.tiles is not None:
                 give_back_mapped_pages(*self.weight.parts)
         if self.mixed is not None:

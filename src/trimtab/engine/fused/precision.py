@@ -101,7 +101,9 @@ class _MeasuredHead:
 
     def _learnt_losses(self, states: Tensor, labels: Tensor) -> Tensor:
         self._keep(states, labels)
-        return VocabularyHead.learnt_losses(self.head, states, labels)
+        losses = VocabularyHead.learnt_losses(self.head, states, labels)
+        self.head.release()  # the gradient is there already
+        return losses
 
     def _losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self._keep(states, labels)
@@ -156,7 +158,8 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
     # While there are weights in both formats, there is no need for all that the layers compute.
     checkpointing, stack.checkpointing = stack.checkpointing, True
     try:
-        run()
+        with stack.in_passing():
+            run()
         for one in measured:
             one.finish()
     finally:

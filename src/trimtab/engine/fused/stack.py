@@ -7,7 +7,8 @@ peft attaches, saves and loads as before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class LayerStack:
         self.trained: int | None = None
         self.cache: PrefixCache | None = None
         self.checkpointing = False  # keep each layer's input only, and compute it again for its backward
+        self._is_in_passing = False
         self.parameters: list[Tensor] = []
         self._checked: set[int] = set()  # the parameters with which all others were seen to be frozen
 
@@ -64,10 +66,20 @@ class LayerStack:
             self._checked = known
         return True
 
+    @contextmanager
+    def in_passing(self) -> Iterator[None]:
+        """For a forward that is run once, to be looked at: each layer's weight is laid out only while it computes."""
+        self.release()
+        self._is_in_passing = True
+        try:
+            yield
+        finally:
+            self._is_in_passing = False
+
     def release(self) -> None:
         """Give back what the weights were laid out in; it is made again where a forward needs it."""
         for group in self.groups:
-            group.weight = group.weight._replace(tiles=None)
+            group.release()
 
     def release_head(self) -> None:
         if self.head is not None:
@@ -155,6 +167,9 @@ class LayerStack:
             is_saved = saved is not None and self.trained is not None and number >= self.trained
             entered = _Entered(rows, torch.get_rng_state()) if is_saved and self.checkpointing else None
             rows, kept = layer.forward(rows, batch, number == last, want)
+            if self._is_in_passing:
+                for group in layer.groups:
+                    group.release()
             if saved is not None and is_saved:
                 saved.append(entered or kept)
             del kept

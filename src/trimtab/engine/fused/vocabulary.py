@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.engine.fused.formats import Want, Weight, quantise_weight
 from trimtab.engine.fused.linears import Kernels
-from trimtab.engine.memory import give_back_mapped_pages
+from trimtab.engine.memory import give_back_mapped_pages, own_pages
 from trimtab.tasks.token_loss import Readout, chunk_positions
 
 # Tokens of the vocabulary in a slice: the rounded panel of one takes 256 KiB.
@@ -62,6 +62,7 @@ class VocabularyHead:
     def release(self) -> None:
         """Give back what the weight was laid out in, and the room for logits."""
         self._slices, self._buffer = [], torch.empty(0)
+        give_back_mapped_pages(self.weight)
 
     def learnt_losses(self, states: Tensor, labels: Tensor) -> Tensor:
         """[positions], in nats: -log p(`labels` [positions] given `states` [positions, hidden]), with a graph."""
@@ -111,13 +112,14 @@ class VocabularyHead:
         return zip(torch.split(states, size), torch.split(labels, size), strict=True)
 
     def _lay_out(self) -> None:
-        for part in torch.split(self.weight, _SLICE):
-            if self.is_int8:
-                self._slices.append(Weight((part,), int8=quantise_weight(part)))
-            else:
-                self._slices.append(Weight((part,), tiles=self.kernels.lay_out(part)))
+        with own_pages():
+            for part in torch.split(self.weight, _SLICE):
+                if self.is_int8:
+                    self._slices.append(Weight((part,), int8=quantise_weight(part)))
+                else:
+                    self._slices.append(Weight((part,), tiles=self.kernels.lay_out(part)))
         give_back_mapped_pages(self.weight)
-        with torch.inference_mode(False):  # whoever asks first, training can write to it, too
+        with own_pages(), torch.inference_mode(False):  # whoever asks first, training can write to it, too
             self._buffer = torch.empty(chunk_positions(len(self.weight)) * len(self.weight))
 
     def _normalise(self, slices: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
