@@ -1,6 +1,7 @@
 """Where a training step of Trimtab goes: each kernel, the matrix products of frozen weights, and the rest.
 
 python benchmarks/step_parts.py --precision int8
+python benchmarks/step_parts.py --model starter:minilm-l6 --train-data starter:reuters-r8 --max-length-tokens 512 --batch-rows 2
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="starter:smollm2-135m")
     parser.add_argument("--precision", choices=["float32", "int8"], default="float32")
-    arguments = parser.parse_args()
+    arguments, of_contender = parser.parse_known_args()
     quiet_libraries()
     name = "trimtab-int8" if arguments.precision == "int8" else "trimtab"
-    contended = make_parser().parse_args([name, "train", "--model", arguments.model])
+    contended = make_parser().parse_args([name, "train", "--model", arguments.model, *of_contender])
     study = make_study(contended)
     contender = TrimtabContender(study, prepare_data(study, Silent()), contended.batch_rows)
     contender.attach()

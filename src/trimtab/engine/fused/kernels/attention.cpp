@@ -1,7 +1,8 @@
 // Attention within the texts of a pack; the plain twin is attention.py.
 //
-// A job is one key head of one text, or some of a long text's queries: few long texts keep all cores busy, too. Scores lie transposed, [keys, queries of all heads that share those keys]: sums
-// and maxima over keys then run along vectors, never across them.
+// A job is one key head of one text, or some of a long text's queries: few long texts keep all cores busy, too. Scores
+// lie transposed, [keys, queries of all heads that share those keys]: sums and maxima over keys then run along vectors,
+// never across them. Queries are scaled before they meet the keys.
 
 #include <algorithm>
 
@@ -63,6 +64,7 @@ struct Chunk {
   int64_t step;                         // between rows of `turned`, with room for a vector that hangs over
   Buffer turned;                        // [dim, step]
   std::vector<int32_t> begin, end;      // [width]: the keys that each sees
+  int64_t all_begin, all_end;           // the keys that all see
 
   void place(int64_t row, int64_t count, int64_t groups, int64_t length, Mask mask) {
     first = row, rows = count, queries = groups * count, width = padded(queries), step = width + LANES;
@@ -74,13 +76,29 @@ struct Chunk {
         end[c] = static_cast<int32_t>(mask.causal ? query + 1 : ahead);
       }
     }
+    all_begin = begin[count - 1], all_end = end[0];
+  }
+
+  // Calls unmasked(j) for keys that all queries see, masked(j) for the others of the first `seen`.
+  template <typename Unmasked, typename Masked>
+  void each_key(int64_t seen, Unmasked unmasked, Masked masked) const {
+    for (int64_t j = 0; j < seen; j++) {
+      if (j >= all_begin && j < all_end)
+        unmasked(j);
+      else
+        masked(static_cast<int32_t>(j));
+    }
   }
 
   // from: the first head's first row; heads lie `dim` apart.
-  void turn(const float* from, int64_t from_step, int64_t groups, int64_t dim, Buffer& to) const {
+  void turn(const float* from, int64_t from_step, int64_t groups, int64_t dim, float scale, Buffer& to) const {
     to.resize(dim * step);
     for (int64_t h = 0; h < groups; h++) turn_rows(from + h * dim, from_step, rows, dim, to.data() + h * rows, step);
-    for (int64_t i = 0; i < dim; i++) std::fill_n(to.data() + i * step + queries, width - queries, 0.0f);
+    for (int64_t i = 0; i < dim; i++) {
+      float* row = to.data() + i * step;
+      for (int64_t c = 0; c < queries; c++) row[c] *= scale;
+      std::fill_n(row + queries, width - queries, 0.0f);
+    }
   }
 };
 
@@ -107,31 +125,44 @@ void attention_forward(const float* projected, const int64_t* starts, int64_t te
       for (int64_t row = job.part * at_once; row < length; row += job.parts * at_once) {
         chunk.place(row, std::min(at_once, length - row), groups, length, mask);
         const int64_t seen = mask.causal ? row + chunk.rows : length, n = chunk.width;
-        chunk.turn(projected + (start + row) * width + kv * groups * dim, width, groups, dim, chunk.turned);
+        chunk.turn(projected + (start + row) * width + kv * groups * dim, width, groups, dim, scaling, chunk.turned);
         scores.resize(seen * n);
         multiply(seen, n, dim, key, width, 1, chunk.turned.data(), chunk.step, scores.data(), n, false);
         largest.assign(n, -3.0e38f), inverse.assign(n, 0.0f);
         float *most = largest.data(), *sum = inverse.data();
         const int32_t *begin = chunk.begin.data(), *end = chunk.end.data();
-        for (int32_t j = 0; j < seen; j++) {
-          float* s = scores.data() + j * n;
-          for (int64_t c = 0; c < n; c++) {
-            const float score = j >= begin[c] && j < end[c] ? s[c] * scaling : -3.0e38f;
-            s[c] = score;
-            most[c] = score > most[c] ? score : most[c];
-          }
-        }
-        for (int32_t j = 0; j < seen; j++) {
-          float* s = scores.data() + j * n;
-          for (int64_t c = 0; c < n; c++) {
-            const float weight = exponential(s[c] - most[c]);
-            s[c] = j >= begin[c] && j < end[c] ? weight : 0.0f;
-            sum[c] += s[c];
-          }
-        }
+        float* all = scores.data();
+        chunk.each_key(
+            seen,
+            [=](int64_t j) {
+              const float* s = all + j * n;
+              for (int64_t c = 0; c < n; c++) most[c] = s[c] > most[c] ? s[c] : most[c];
+            },
+            [=](int32_t j) {
+              const float* s = all + j * n;
+              for (int64_t c = 0; c < n; c++) {
+                const float score = j >= begin[c] && j < end[c] ? s[c] : -3.0e38f;
+                most[c] = score > most[c] ? score : most[c];
+              }
+            });
+        chunk.each_key(
+            seen,
+            [=](int64_t j) {
+              float* s = all + j * n;
+              for (int64_t c = 0; c < n; c++) {
+                s[c] = exponential(s[c] - most[c]);
+                sum[c] += s[c];
+              }
+            },
+            [=](int32_t j) {
+              float* s = all + j * n;
+              for (int64_t c = 0; c < n; c++) {
+                const float weight = exponential(s[c] - most[c]);
+                s[c] = j >= begin[c] && j < end[c] ? weight : 0.0f;
+                sum[c] += s[c];
+              }
+            });
         for (int64_t c = 0; c < n; c++) sum[c] = 1.0f / sum[c];
-        for (int64_t j = 0; j < seen; j++)
-          for (int64_t c = 0; c < n; c++) scores[j * n + c] *= sum[c];
         const int64_t columns = padded(dim);
         for (int64_t h = 0; h < groups; h++) {
           float* to = out + (start + row) * heads * dim + (kv * groups + h) * dim;
@@ -145,8 +176,10 @@ void attention_forward(const float* projected, const int64_t* starts, int64_t te
               std::memcpy(to + i * heads * dim, attended.data() + i * columns, dim * sizeof(float));
           }
           for (int64_t i = 0; i < chunk.rows; i++) {
+            const float share = sum[h * chunk.rows + i];
+            for (int64_t d = 0; d < dim; d++) to[i * heads * dim + d] *= share;
             float* kept = sums + ((start + row + i) * heads + kv * groups + h) * 2;
-            kept[0] = most[h * chunk.rows + i], kept[1] = sum[h * chunk.rows + i];
+            kept[0] = most[h * chunk.rows + i], kept[1] = share;
           }
         }
       }
@@ -188,8 +221,8 @@ void attention_backward(const float* grad, const float* projected, const float* 
         const int64_t seen = mask.causal ? row + chunk.rows : length, n = chunk.width, rows = chunk.rows;
         const float* query = projected + (start + row) * width + kv * groups * dim;
         const float* by_out = grad + (start + row) * heads * dim + kv * groups * dim;
-        chunk.turn(query, width, groups, dim, chunk.turned);
-        chunk.turn(by_out, heads * dim, groups, dim, turned_grad);
+        chunk.turn(query, width, groups, dim, scaling, chunk.turned);
+        chunk.turn(by_out, heads * dim, groups, dim, 1.0f, turned_grad);
         largest.assign(n, 0.0f), inverse.assign(n, 0.0f), along.assign(n, 0.0f);
         for (int64_t h = 0; h < groups; h++)
           for (int64_t i = 0; i < rows; i++) {
@@ -202,14 +235,24 @@ void attention_backward(const float* grad, const float* projected, const float* 
         const float *most = largest.data(), *inverse_sum = inverse.data();
         const int32_t *begin = chunk.begin.data(), *end = chunk.end.data();
         float* sum = along.data();
-        for (int32_t j = 0; j < seen; j++) {
-          float *w = weights.data() + j * n, *b = by_scores.data() + j * n;
-          for (int64_t c = 0; c < n; c++) {
-            const float weight = exponential(w[c] * scaling - most[c]) * inverse_sum[c];
-            w[c] = j >= begin[c] && j < end[c] ? weight : 0.0f;
-            sum[c] += w[c] * b[c];
-          }
-        }
+        float *all = weights.data(), *all_by = by_scores.data();
+        chunk.each_key(
+            seen,
+            [=](int64_t j) {
+              float *w = all + j * n, *b = all_by + j * n;
+              for (int64_t c = 0; c < n; c++) {
+                w[c] = exponential(w[c] - most[c]) * inverse_sum[c];
+                sum[c] += w[c] * b[c];
+              }
+            },
+            [=](int32_t j) {
+              float *w = all + j * n, *b = all_by + j * n;
+              for (int64_t c = 0; c < n; c++) {
+                const float weight = exponential(w[c] - most[c]) * inverse_sum[c];
+                w[c] = j >= begin[c] && j < end[c] ? weight : 0.0f;
+                sum[c] += w[c] * b[c];
+              }
+            });
         for (int64_t j = 0; j < seen; j++) {
           float *w = weights.data() + j * n, *b = by_scores.data() + j * n;
           for (int64_t c = 0; c < n; c++) b[c] = w[c] * (b[c] - sum[c]) * scaling;
