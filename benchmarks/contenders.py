@@ -192,6 +192,7 @@ class TrimtabContender:
         logits = self.scorer.score(self.test).outputs
         return {
             "seconds": seconds,
+            "seconds_but_validations": before_steps + self.state.seconds,
             "seconds_of_steps": self.state.seconds,
             "validation": reached,
             "predicted": logits.argmax(-1).tolist(),

@@ -1,7 +1,7 @@
 """Where a training step of Trimtab goes: each kernel, the matrix products of frozen weights, and the rest.
 
 python benchmarks/step_parts.py --precision int8
-python benchmarks/step_parts.py --model starter:minilm-l6 --train-data starter:reuters-r8 --max-length-tokens 512 --batch-rows 2
+python benchmarks/step_parts.py --train-data starter:reuters-r8 --max-length-tokens 512 --batch-rows 2
 """
 
 from __future__ import annotations
