@@ -90,6 +90,20 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
             )
 
 
+def check_answers(model: Any, max_new_tokens: int) -> None:
+    """Refuse answers for which a decoder has too few positions.
+
+    Raises:
+        DataError: `max_new_tokens` is too many; a decoder with relative positions (T5) takes any.
+    """
+    most = usable_length(model, max_new_tokens)
+    if most < max_new_tokens:
+        raise DataError(
+            f"{max_new_tokens} new tokens are more than the {most} positions of this model's decoder; "
+            "lower max_new_tokens"
+        )
+
+
 def write_answers(
     model: Any,
     tokenizer: Any,

@@ -103,7 +103,11 @@ def predict_records(
     if quick is not None:
         listener.note(f"{quick.again:,} of {quick.rows:,} rows were computed in float32 as well")
     if cut:
-        listener.note(f"{cut:,} of {done:,} rows are longer than {adapter.scorer.max_length_tokens} tokens: cut there")
+        listener.note(_say_cut(cut, done, adapter))
+
+
+def _say_cut(cut: int, rows: int, adapter: LoadedAdapter) -> str:
+    return f"{cut:,} of {rows:,} rows are longer than {adapter.scorer.max_length_tokens} tokens: cut there"
 
 
 def _in_chunks(
@@ -166,8 +170,9 @@ def generate_records(
         DataError: a record without a text or chat, or with one that cannot be gone on from (with its line).
         AdapterError: an adapter that writes nothing.
     """
-    listener, done = progress or Silent(), 0
-    read = text_in if adapter.scorer.task.writes_answers else prompt_in
+    listener, done, cut = progress or Silent(), 0, 0
+    answers = adapter.scorer.task.writes_answers
+    read = text_in if answers else prompt_in
     replaced: set[str] = set()
     for chunk in _in_chunks(records, _PROMPTS_AT_ONCE):
         text_column = text_column or _found_in(chunk[0][0], adapter.facts.get("columns", {}).get("text"))
@@ -180,7 +185,10 @@ def generate_records(
         found = [{"generated": text} | ({"base": base[place]} if compare else {}) for place, text in enumerate(tuned)]
         yield from _put_beside([record for record, _ in chunk], found, replaced, listener)
         done += len(chunk)
+        cut += adapter.count_cut([prompt for _, prompt in prompts]) if answers else 0
         listener.advance(done, done, "prompts")
+    if cut:
+        listener.note(_say_cut(cut, done, adapter))
 
 
 def _write(

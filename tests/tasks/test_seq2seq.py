@@ -12,7 +12,8 @@ from peft import AutoPeftModelForSeq2SeqLM
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 
-from samples import run_trimtab, save_small_t5, write_reversals, write_reviews
+from samples import Notes, run_trimtab, save_small_t5, write_reversals, write_reviews
+from trimtab import load_adapter
 from trimtab.combining import combine_adapters
 from trimtab.data import Row, prepare_data
 from trimtab.engine.batches import Collator
@@ -24,7 +25,8 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.statistics import bootstrap_metrics
 from trimtab.evaluation.text_predictions import TextPredictions
-from trimtab.generation import write_answers
+from trimtab.generation import check_answers, write_answers
+from trimtab.prediction import generate_records
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder, read_json, read_jsonl
 from trimtab.sampling import Sampling
@@ -297,3 +299,25 @@ def test_new_sources_are_answered_as_the_run_did(counting_on, tmp_path):
     with (tmp_path / "new.csv").open(newline="") as file:
         found = [row["prediction"] for row in csv.DictReader(file)]
     assert found == read_predictions(run.trial("lora", 0).predictions).written
+
+
+def test_long_sources_are_cut_as_in_training_and_told(counting_on):
+    """`generate` and `predict` answer the same: a source's last token, most often the end of the text, is read."""
+    loaded = load_adapter(counting_on[0].trial("lora", 0).adapter)
+    loaded.scorer.max_length_tokens = 3
+    texts, heard = ["one red two blue", "gold two"], Notes()
+    said = [record["prediction"] for record in loaded.predict(texts)]
+    records = [({"source": text}, line) for line, text in enumerate(texts, 1)]
+    found = list(generate_records(loaded, records, "rows", text_column="source", progress=heard))
+    assert [record["generated"] for record in found] == said
+    assert said[0] == loaded.predict(["one red blue"])[0]["prediction"]  # whose last token is the whole's
+    assert heard.notes == ["1 of 2 rows are longer than 3 tokens: cut there"]
+
+
+def test_more_new_tokens_than_a_decoder_has_positions_are_refused(tiny_model):
+    check_answers(tiny_model("bart", auto_class="AutoModelForSeq2SeqLM"), 128)
+    check_answers(tiny_model("t5", auto_class="AutoModelForSeq2SeqLM"), 5000)  # whose positions are relative
+    with pytest.raises(
+        DataError, match=r"129 new tokens are more than the 128 positions of this model's decoder; lower"
+    ):
+        check_answers(tiny_model("bart", auto_class="AutoModelForSeq2SeqLM"), 129)

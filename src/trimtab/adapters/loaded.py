@@ -14,13 +14,14 @@ from trimtab.engine.lora import can_mix
 from trimtab.engine.mixed import mix_of_rows, mixing
 from trimtab.errors import AdapterError
 from trimtab.evaluation.unlabelled import SAY, Record, Said, row_without_label
-from trimtab.generation import Prompt, check_room, continue_prompts, encode_chat, write_answers
+from trimtab.generation import Prompt, check_answers, check_room, continue_prompts, encode_chat, write_answers
 from trimtab.precision import use_float32, use_precision
 from trimtab.progress import Progress, Silent
 from trimtab.sampling import Sampling
 from trimtab.tasks import Task
 from trimtab.tasks.causal_lm import CausalLM, encode_prompt
 from trimtab.tasks.examples import EncodedRows, Example
+from trimtab.tasks.seq2seq import cut_ids
 
 
 class LoadedAdapter(AdapterSet):
@@ -119,7 +120,7 @@ class LoadedAdapter(AdapterSet):
         is_chat: bool | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """What it writes after each prompt, in one batch, or answers to each source.
+        """What it writes after each prompt, in one batch, or answers to each source, which is cut as in training.
 
         Args:
             prompts: texts; a language model also answers chats, lists of turns with `role` and `content`.
@@ -130,7 +131,8 @@ class LoadedAdapter(AdapterSet):
 
         Raises:
             AdapterError: an adapter that says labels, or a tokenizer without a chat template.
-            DataError: a prompt without tokens, one that leaves too few positions, or a chat that the template refuses.
+            DataError: a prompt without tokens, one that leaves too few positions, or a chat that the template refuses;
+                more new tokens than a decoder has positions for.
         """
         task, tokenizer, chosen = self.scorer.task, self.scorer.base.tokenizer, sampling or Sampling()
         if adapters is not None:
@@ -140,11 +142,21 @@ class LoadedAdapter(AdapterSet):
         if adapters is not None and set(adapters) != {self.active}:
             return self._generate_mixed(prompts, chosen, adapters, is_chat)
         if task.writes_answers:
-            sources = [Example(tokenizer(text)["input_ids"][: self.scorer.max_length_tokens], None, [], [])
-                       for text in prompts]  # fmt: skip
+            check_answers(self.scorer.base.model, chosen.max_new_tokens)
+            most = self.scorer.max_length_tokens
+            sources = [Example(cut_ids(ids, most), None, [], []) for ids in self._source_ids(prompts)]
             return write_answers(self.peft_model, tokenizer, sources, chosen, Silent(), on_text)
         ids = self._encode_prompts(prompts, [self.active] * len(prompts), chosen, is_chat)
         return continue_prompts(self.peft_model, tokenizer, ids, chosen, on_text)
+
+    def count_cut(self, sources: Sequence[Prompt]) -> int:
+        """How many of these sources are longer than it reads, so that their ends are left out of what it answers."""
+        most = self.scorer.max_length_tokens
+        return sum(len(ids) > most for ids in self._source_ids(sources))
+
+    def _source_ids(self, sources: Sequence[Prompt]) -> list[list[int]]:
+        found: list[list[int]] = self.scorer.base.tokenizer(list(map(str, sources)), verbose=False)["input_ids"]
+        return found
 
     def _encode_prompts(
         self, prompts: Sequence[Prompt], adapters: Sequence[str], sampling: Sampling, is_chat: bool | None

@@ -34,12 +34,12 @@ class Seq2Seq(NextToken):
                 lacking = row.completion if source else row.text
                 raise RowError(row.id, f"the tokenizer gives no token for {lacking!r:.42}; remove the row")
             truncated += len(source) > max_length_tokens or len(target) > max_length_tokens
-            source, target = (_cut(ids, max_length_tokens) for ids in (source, target))
+            source, target = (cut_ids(ids, max_length_tokens) for ids in (source, target))
             examples.append(Example(source, None, list(range(len(target))), target, [start, *target[:-1]]))
         return EncodedRows(examples, list(range(len(rows))), truncated)
 
 
-def _cut(ids: list[int], most: int) -> list[int]:
+def cut_ids(ids: list[int], most: int) -> list[int]:
     """At most `most` tokens, of which the last is that of the whole: most often the end of the text."""
     return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
 
