@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,11 @@ import pytest
 import torch
 
 from trimtab.progress import Silent
+
+# The command reads a study's flags only where the command line asks for them; here, before any test asks for it.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "argv", ["trimtab", "run"])
+    from trimtab.cli import main
 
 VOCABULARY = 120
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -183,15 +186,6 @@ def run_here(study: Any, progress: Any = None) -> dict[str, Any]:
         return run_study(study, progress)
 
 
-@functools.cache
-def _command() -> Callable[[], None]:
-    """`trimtab` with a study's flags, which it reads only where the command line asks for them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["trimtab", "run"])
-        from trimtab.cli import main
-    return main
-
-
 def run_trimtab(
     *arguments: str | Path, cwd: Path | None = None, alone: bool = False
 ) -> subprocess.CompletedProcess[str]:
@@ -206,7 +200,7 @@ def run_trimtab(
         if cwd is not None:
             patch.chdir(cwd)
         try:
-            _command()()
+            main()
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())

@@ -16,6 +16,7 @@ FLOORS = [
     "support",
     "study",
     "prediction",
+    "record_files",
     "estimate",
     "encoding",
     "report",

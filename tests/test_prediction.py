@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from datetime import datetime
 
 import pyarrow.parquet as pq
 import pytest
@@ -23,7 +22,8 @@ from samples import Notes, run_here, run_trimtab, tiny_config, write_reviews
 from trimtab.data import reading
 from trimtab.engine.fused import native
 from trimtab.errors import AdapterError, DataError, SourceError
-from trimtab.prediction import ROWS_AT_ONCE, predict_records, read_records, write_records
+from trimtab.prediction import predict_records
+from trimtab.record_files import ROWS_AT_ONCE, read_records, write_records
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.study_config import build_study
 
@@ -213,27 +213,6 @@ def test_tables_have_a_column_for_each_probability(loaded, rows, tmp_path):
         assert row["probability_good"] == pytest.approx(theirs["probabilities"]["good"], abs=1e-5)
     with pytest.raises(DataError, match=r"found.txt: format not known by its name; use jsonl, csv, parquet"):
         write_records([], str(tmp_path / "found.txt"))
-
-
-def test_columns_that_change_their_type_are_told(tmp_path):
-    """Past the rows that a Parquet file's types are found in."""
-
-    def rows(last):
-        return [{"value": place, "note": None} for place in range(ROWS_AT_ONCE)] + [last]
-
-    with pytest.raises(DataError, match=r"column 'value' holds int64 in the first rows and double after row 512"):
-        write_records(rows({"value": 1.5, "note": None}), str(tmp_path / "found.parquet"))
-    write_records(rows({"value": 1, "note": "late"}), str(tmp_path / "found.parquet"))
-    assert pq.read_table(tmp_path / "found.parquet").to_pylist()[-1] == {"value": 1, "note": "late"}
-    for name in ("found.csv", "other.parquet"):
-        with pytest.raises(DataError, match="row 513 has a column 'more' that the first one lacks; use --format jsonl"):
-            write_records(rows({"value": 1, "more": 2}), str(tmp_path / name))
-    with pytest.raises(DataError, match="Parquet is no stream of text; give a file"):
-        write_records([], "-", "parquet")
-    write_records([{"when": datetime(2026, 1, 2), "probabilities": 0.5}], str(tmp_path / "found.jsonl"))
-    assert json.loads((tmp_path / "found.jsonl").read_text()) == {"when": "2026-01-02 00:00:00", "probabilities": 0.5}
-    write_records([{"probabilities": 0.5}], str(tmp_path / "own.csv"))
-    assert (tmp_path / "own.csv").read_text().split() == ["probabilities", "0.5"]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
 from trimtab.evaluation.tag_predictions import TagPredictions
 from trimtab.evaluation.value_predictions import ValuePredictions
-from trimtab.prediction import predict_records, read_records
+from trimtab.prediction import predict_records
 from trimtab.progress import Silent
+from trimtab.record_files import read_records
 from trimtab.runs import RunFolder, read_jsonl
 from trimtab.study_config import build_study
 from trimtab.tasks import get_task

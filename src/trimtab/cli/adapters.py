@@ -79,7 +79,8 @@ def predict(
 
     from trimtab.adapters import load_adapter
     from trimtab.console import make_progress
-    from trimtab.prediction import check_output, check_use, predict_records, read_records, write_records
+    from trimtab.prediction import check_use, predict_records
+    from trimtab.record_files import check_output, read_records, write_records
     from trimtab.sources import locate_adapter
 
     check_output(out, output_format)
@@ -94,7 +95,7 @@ def predict(
             precision=precision, progress=progress,
         )  # fmt: skip
         with loaded.disable() if used == "none" else nullcontext():
-            write_records(records, out, output_format)
+            write_records(records, out, output_format, progress)
 
 
 @app.command()
@@ -136,7 +137,8 @@ def generate(
     from trimtab.adapters import load_adapter
     from trimtab.console import make_progress
     from trimtab.conversation import write_interactively
-    from trimtab.prediction import check_use, generate_records, write_records
+    from trimtab.prediction import check_use, generate_records
+    from trimtab.record_files import write_records
     from trimtab.sampling import Sampling
     from trimtab.sources import locate_adapter
 
@@ -155,7 +157,7 @@ def generate(
                 loaded, rows, _called(source), text_column=text_column, sampling=sampling, is_chat=_IS_CHAT[chat],
                 compare=compare, progress=progress,
             )  # fmt: skip
-            write_records(records, out, output_format)
+            write_records(records, out, output_format, progress)
             return
     write_interactively(loaded, prompt, sampling, _IS_CHAT[chat], compare)
 
@@ -172,7 +174,7 @@ def _open_prompts(
     Raises:
         InputError: prompts beside it, or flags that only count for rows where there are none; or as `read_records`.
     """
-    from trimtab.prediction import check_output, read_records
+    from trimtab.record_files import check_output, read_records
 
     if source is None:
         for_rows = {"--out": out != "-", "--format": output_format, "--text-column": text_column}
