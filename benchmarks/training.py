@@ -130,7 +130,7 @@ def measure_learning(
     systems = {name: _as_predictions(ids, np.array(labels), said) for name, said in predicted.items()}
     contrasts = {name: compare_two(systems["grouped"], systems[name], ("peer", name))["contrasts"][0] for name in OURS}
     counts = {"train_rows": train_rows, "validation_rows": validation_rows, "epochs": epochs}
-    return {**counts, "runs": runs, "contrasts": contrasts}
+    return {**counts, "runs": runs, "means": {name: _mean_time(runs, name) for name in OURS}, "contrasts": contrasts}
 
 
 def _time_to(accuracy: float, validations: list[dict[str, float]], peer_seconds: float) -> dict[str, Any]:
@@ -141,6 +141,21 @@ def _time_to(accuracy: float, validations: list[dict[str, float]], peer_seconds:
     clocks = CLOCKS[:2]
     return {"reached": {clock: reached[clock] for clock in clocks} | {
         f"share of the peer's, by {clock}": reached[clock] / peer_seconds for clock in clocks}}  # fmt: skip
+
+
+def _mean_time(runs: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """When the mean over seeds first reaches the mean of the peer's last accuracies: one figure of a seed is noise."""
+    target = statistics.mean(run["peer_validation_accuracy"] for run in runs)
+    curve = []
+    for validations in zip(*(run[name]["validation"] for run in runs), strict=True):
+        shares = {
+            f"share of the peer's, by {clock}": statistics.mean(
+                one[clock] / run["peer_seconds"] for one, run in zip(validations, runs, strict=True)
+            )
+            for clock in CLOCKS[:2]
+        }
+        curve.append({"accuracy": statistics.mean(one["accuracy"] for one in validations), **shares})
+    return {"peer": target, "reached": next((one for one in curve if one["accuracy"] >= target), None), "curve": curve}
 
 
 def measure_upper_half(model: str, train_rows: int, epochs: int = 3) -> dict[str, Any]:
