@@ -99,14 +99,14 @@ def measure_throughput(model: str, work: str, turns: int, names: Sequence[str], 
 
 
 def measure_learning(
-    model: str, seeds: list[int], train_rows: int, validation_rows: int, epochs: int
+    model: str, contenders: Sequence[str], seeds: list[int], train_rows: int, validation_rows: int, epochs: int
 ) -> dict[str, Any]:
     """Wall time to the grouped peer's final validation accuracy, and test accuracies, paired.
 
     The peer's clock runs over its steps alone; ours is told with its validations and, as the peer's, without.
     """
     runs = []
-    predicted: dict[str, list[int]] = {name: [] for name in ("grouped", *OURS)}
+    predicted: dict[str, list[int]] = {name: [] for name in ("grouped", *contenders)}
     labels: list[int] = []
     for seed in seeds:
         found = {}
@@ -122,15 +122,18 @@ def measure_learning(
         for name, one in found.items():
             right = np.mean(np.array(one["labels"]) == one["predicted"])
             run[name] = {"test_accuracy": float(right), "seconds": one["seconds"], "validation": one["validation"]}
-            if name in OURS:
+            if name in contenders:
                 run[name] |= _time_to(target, one["validation"], run["peer_seconds"])
         print(f"  {json.dumps(run)}", flush=True)
         runs.append(run)
     ids = [str(number) for number in range(len(labels))]
     systems = {name: _as_predictions(ids, np.array(labels), said) for name, said in predicted.items()}
-    contrasts = {name: compare_two(systems["grouped"], systems[name], ("peer", name))["contrasts"][0] for name in OURS}
+    contrasts = {
+        name: compare_two(systems["grouped"], systems[name], ("peer", name))["contrasts"][0] for name in contenders
+    }
     counts = {"train_rows": train_rows, "validation_rows": validation_rows, "epochs": epochs}
-    return {**counts, "runs": runs, "means": {name: _mean_time(runs, name) for name in OURS}, "contrasts": contrasts}
+    means = {name: _mean_time(runs, name) for name in contenders}
+    return {**counts, "runs": runs, "means": means, "contrasts": contrasts}
 
 
 def _time_to(accuracy: float, validations: list[dict[str, float]], peer_seconds: float) -> dict[str, Any]:
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=2000, help="of the runs that learn")
     parser.add_argument("--validation-rows", type=int, default=2000, help="of the runs that learn")
     parser.add_argument("--epochs", type=int, default=2, help="of the runs that learn")
+    parser.add_argument("--contenders", nargs="+", choices=OURS, default=OURS, help="that learn beside the peer")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     about = {"machine": describe_machine(), "versions": package_versions()}
@@ -220,7 +224,7 @@ def main() -> None:
             (RESULTS / f"upper-half-{name}.json").write_text(json.dumps(upper, indent=1) + "\n")
         if arguments.only in (None, "learning"):
             sizes = (arguments.train_rows, arguments.validation_rows, arguments.epochs)
-            learnt = {**about, **measure_learning(model, arguments.seeds, *sizes)}
+            learnt = {**about, **measure_learning(model, arguments.contenders, arguments.seeds, *sizes)}
             file = f"learning-{name}-{arguments.train_rows}x{arguments.epochs}.json"
             (RESULTS / file).write_text(json.dumps(learnt, indent=1) + "\n")
             print(f"  {model}: {json.dumps(learnt['contrasts'])}", flush=True)
