@@ -293,7 +293,8 @@ def test_training_in_int8_is_scored_in_float32(tmp_path, model_folder, family):
     training = json.loads(run.trial("lora", 0).training.read_text())
     assert training["precision"] == "int8"
     assert 0.99 < training["least_output_cosine"] < 1
-    assert len(training["errors"]) == 8
+    fused_attention = native.has_bfloat16() and family != "gpt2"
+    assert len(training["errors"]) == 8 + 2 * fused_attention
     comparison = json.loads(run.comparison.read_text())
     assert comparison["reload"]["passed"]
     both = json.loads(run.trial("lora", 0).metrics.read_text())

@@ -20,6 +20,7 @@ _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _TFIDF_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 # Words beyond this add little to a probe, and minutes to its fit.
 _PROBED_POSITIONS = 20_000
+_ROWS_AT_ONCE = 1000
 
 
 def constant_outputs(task: str, labels: Any, rows: int, columns: int) -> Tensor:
@@ -108,12 +109,14 @@ def fit_linear_probe(
     if len(features) > _PROBED_POSITIONS:
         chosen = np.random.default_rng(0).permutation(len(features))[:_PROBED_POSITIONS]
         features, labels = features[torch.from_numpy(chosen)], labels[chosen]
-    scaler = StandardScaler(with_mean=has_bias).fit(features.double().numpy())
+    scaler = StandardScaler(with_mean=has_bias)
+    for some in torch.split(features, _ROWS_AT_ONCE):
+        scaler.partial_fit(some.double().numpy())
     fit = best_fit(
         LINEAR_MODELS[task],
-        scaler.transform(features.double().numpy()),
+        _standardised(scaler, features),
         labels,
-        scaler.transform(held_out.double().numpy()),
+        _standardised(scaler, held_out),
         held_out_labels,
         _PROBE_STRENGTHS,
         fit_intercept=has_bias,
@@ -123,3 +126,12 @@ def fit_linear_probe(
     shift = torch.from_numpy(fit.bias - weight @ scaler.mean_).float() if has_bias else None
     # Several classes come in column order, which safetensors does not store.
     return LinearProbe(torch.from_numpy(np.ascontiguousarray(weight)).float(), shift, fit.strength)
+
+
+def _standardised(scaler: Any, features: Tensor) -> Floats:
+    """[positions, features] in float64; copies on the way are of some rows alone."""
+    found = np.empty(features.shape)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        found[some] = scaler.transform(features[some].double().numpy())
+    return found

@@ -7,6 +7,7 @@ from adapted_models import adapt, make_examples, pack
 from trimtab.engine.forward import choose_forward
 from trimtab.engine.frozen import trainable_parameters
 from trimtab.engine.fused import native, precision
+from trimtab.engine.fused.layers import Attention
 from trimtab.engine.fused.precision import quantise_stack
 from trimtab.precision import choose_precision, describe_precision, use_float32, use_precision
 from trimtab.progress import Silent
@@ -39,6 +40,10 @@ class Case:
         return quantise_stack(self.stack, self.results, has_backward=True)
 
 
+def is_lowered(part):
+    return part.is_bfloat16 if isinstance(part, Attention) else part.weight.int8 is not None
+
+
 @pytest.fixture(params=["llama", "bert", "qwen2"])
 def case(tiny_model, request):
     return Case(tiny_model(request.param, hidden_size=64, intermediate_size=128))
@@ -47,7 +52,7 @@ def case(tiny_model, request):
 def test_outputs_and_gradients_stay_close_to_float32(case):
     logits, grads = case.results()
     errors = case.quantise()
-    assert len(errors) == 8
+    assert len(errors) == 8 + 2 * native.has_bfloat16()  # attention, too
     assert all(error.is_within_bounds for error in errors), errors
     assert errors[0].gradient_cosine is None  # nothing below the lowest adapter is asked for
     assert min(error.output_cosine for error in errors) < 1 - 1e-8
@@ -60,8 +65,7 @@ def test_outputs_and_gradients_stay_close_to_float32(case):
 def test_float32_comes_back_to_the_last_bit(case):
     logits, grads = case.results()
     case.quantise()
-    for group in case.stack.groups:
-        group.use_float32()
+    case.stack.use_float32()
     again, again_grads = case.results()
     assert torch.equal(again, logits)
     assert torch.equal(again_grads, grads)
@@ -84,16 +88,16 @@ def test_groups_beyond_the_bound_stay_in_float32(case, monkeypatch):
     monkeypatch.setattr(precision, "OUTPUT_COSINE", bound)
     again = case.quantise()
     assert [error.output_cosine for error in again] == [error.output_cosine for error in errors]
-    quantised = [group.weight.int8 is not None for group in case.stack.groups]
+    quantised = [is_lowered(case.stack.places()[error.layer, error.group]) for error in errors]
     assert quantised == [error.output_cosine >= bound for error in errors]
-    assert 0 < sum(quantised) < 8
+    assert 0 < sum(quantised) < len(errors)
     case.results()
 
 
 def test_nothing_within_bounds_is_told_as_float32(case, monkeypatch):
     monkeypatch.setattr(precision, "OUTPUT_COSINE", 1.1)
     errors = case.quantise()
-    assert all(group.weight.int8 is None for group in case.stack.groups)
+    assert not any(map(is_lowered, case.stack.places().values()))
     assert describe_precision("int8", errors) == {"precision": "float32"}
 
 

@@ -28,11 +28,42 @@ class Batch:
     rows: Tensor | None = None
 
 
+class Attention:
+    """What each text attends to, in float32; or, where all else is int8, by products in bfloat16."""
+
+    name = "attention"
+
+    def __init__(self, heads: Heads, kernels: Kernels) -> None:
+        self.heads, self.kernels = heads, kernels
+        self.is_bfloat16 = False
+
+    @property
+    def can_quantise(self) -> bool:
+        return bool(self.kernels.has_bfloat16())
+
+    def quantise(self) -> None:
+        self.is_bfloat16 = True
+
+    def use_float32(self) -> None:
+        self.is_bfloat16 = False
+
+    def forward(self, projected: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, heads x dim], and what the backward needs of each softmax."""
+        found: tuple[Tensor, Tensor] = self.kernels.attention_forward(projected, starts, self.heads, self.is_bfloat16)
+        return found
+
+    def backward(self, grad: Tensor, projected: Tensor, sums: Tensor, starts: Tensor) -> Tensor:
+        """The gradient of `projected`."""
+        found: Tensor = self.kernels.attention_backward(grad, projected, sums, starts, self.heads, self.is_bfloat16)
+        return found
+
+
 class AttentionPart:
     """Projections to heads, attention, and the projection back."""
 
     def __init__(self, heads: Heads, qkv: LinearGroup, output: LinearGroup) -> None:
-        self.heads = heads
+        self.within_texts = Attention(heads, qkv.kernels)
+        self.shape = heads.shape
         self.qkv = qkv
         self.output = output
         self.kernels = qkv.kernels
@@ -40,8 +71,8 @@ class AttentionPart:
     def forward(self, rows: Rows, batch: Batch, selected: Tensor | None, residual: Tensor) -> tuple[Tensor, Any]:
         """Attention of `rows`, of the selected tokens only, + residual."""
         projected, kept_qkv = self.qkv.forward(rows)
-        projected = self.kernels.rotate_heads(projected, batch.rotary, self.heads.shape)
-        attended, sums = self.kernels.attention_forward(projected, batch.starts, self.heads)
+        projected = self.kernels.rotate_heads(projected, batch.rotary, self.shape)
+        attended, sums = self.within_texts.forward(projected, batch.starts)
         merged = self.kernels.rows_of(attended, self.output.wants)
         if selected is not None:
             merged = _select(merged, selected)
@@ -59,10 +90,8 @@ class AttentionPart:
         assert by_attended is not None
         if selected is not None:
             by_attended = _spread(by_attended, selected, len(projected))
-        grads = self.kernels.attention_backward(by_attended, projected, sums, batch.starts, self.heads)
-        by_projected = self.kernels.rotate_heads_backward(
-            grads, batch.rotary, self.heads.shape, self.qkv.wants_gradient
-        )
+        grads = self.within_texts.backward(by_attended, projected, sums, batch.starts)
+        by_projected = self.kernels.rotate_heads_backward(grads, batch.rotary, self.shape, self.qkv.wants_gradient)
         by_input, of_qkv = self.qkv.backward(by_projected, kept_qkv, needs_input, residual)
         return by_input, of_qkv + of_output
 

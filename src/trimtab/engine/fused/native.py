@@ -170,6 +170,12 @@ def use_amx(use: bool) -> None:
     _call("use_amx", int(use))
 
 
+def has_bfloat16() -> bool:
+    """Whether attention is faster in bfloat16 here."""
+    found = library()
+    return found is not None and bool(found.has_bfloat16())
+
+
 def lay_out(values: Tensor) -> Tensor:
     """A weight [columns, inputs] as `linear` reads it."""
     return tile(values)
@@ -307,16 +313,18 @@ def rotate_heads_backward(grad: Tensor, rotary: Rotary | None, shape: HeadShape,
     return rows
 
 
-def attention_forward(projected: Tensor, starts: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+def attention_forward(projected: Tensor, starts: Tensor, heads: Heads, bfloat16: bool = False) -> tuple[Tensor, Tensor]:
     shape = heads.shape
     out, sums = _empty(len(projected), shape.query * shape.dim), _empty(len(projected), shape.query, 2)
-    _call("attention_forward", projected, starts, len(starts) - 1, *_of_heads(heads), out, sums)
+    _call("attention_forward", projected, starts, len(starts) - 1, *_of_heads(heads), int(bfloat16), out, sums)
     return out, sums
 
 
-def attention_backward(grad: Tensor, projected: Tensor, sums: Tensor, starts: Tensor, heads: Heads) -> Tensor:
+def attention_backward(
+    grad: Tensor, projected: Tensor, sums: Tensor, starts: Tensor, heads: Heads, bfloat16: bool = False
+) -> Tensor:
     out = torch.empty_like(projected)
-    _call("attention_backward", grad, projected, sums, starts, len(starts) - 1, *_of_heads(heads), out)
+    _call("attention_backward", grad, projected, sums, starts, len(starts) - 1, *_of_heads(heads), int(bfloat16), out)
     return out
 
 

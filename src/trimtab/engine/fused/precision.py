@@ -1,5 +1,7 @@
 """Which groups of a stack compute in int8: those whose error on real rows stays within bounds.
 
+So does attention, in bfloat16, where that is faster.
+
 The scheme is that of LLM.int8() (Dettmers et al. 2022, section 2.1), one scale a row and one a column,
 for the input's gradient too. Groups with outliers, as the inputs of GLU down-projections often
 have, stay in float32.
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trimtab.engine.fused.formats import Rows, Want
+from trimtab.engine.fused.layers import Attention
 from trimtab.engine.fused.linears import LinearGroup
 from trimtab.engine.fused.stack import LayerStack
 from trimtab.engine.fused.vocabulary import VocabularyHead
@@ -89,6 +92,47 @@ class _Measured:
         del self.group.forward, self.group.backward
 
 
+class _MeasuredAttention:
+    """A layer's attention in one pass in float32, whose bfloat16 is held against that."""
+
+    def __init__(self, layer: int, attention: Attention, has_backward: bool) -> None:
+        self.attention, self.has_backward = attention, has_backward
+        self.error = GroupError(layer, attention.name, 0.0, None)
+        # As with groups, the instance's methods stand before the class's.
+        attention.forward = self._forward  # type: ignore[method-assign]
+        attention.backward = self._backward  # type: ignore[method-assign]
+
+    def _forward(self, projected: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        found = Attention.forward(self.attention, projected, starts)
+        if not self.has_backward:
+            self._keep_better([found[0]], lambda: [Attention.forward(self.attention, projected, starts)[0]])
+        return found
+
+    def _backward(self, grad: Tensor, projected: Tensor, sums: Tensor, starts: Tensor) -> Tensor:
+        def results() -> list[Tensor]:
+            attended, sums = Attention.forward(self.attention, projected, starts)
+            found = Attention.backward(self.attention, grad, projected, sums, starts)
+            query, key_value, dim = self.attention.heads.shape
+            return [attended, *torch.split(found, [query * dim, key_value * dim, key_value * dim], 1)]
+
+        exact = results()
+        self._keep_better(exact, results)
+        return torch.cat(exact[1:], 1)
+
+    def _keep_better(self, exact: list[Tensor], results: Callable[[], list[Tensor]]) -> None:
+        self.attention.quantise()
+        output, *gradients = map(cosine, results(), exact)
+        self.error = self.error._replace(output_cosine=output, gradient_cosine=min(gradients, default=None))
+        if not self.error.is_within_bounds:
+            self.attention.use_float32()
+
+    def finish(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        del self.attention.forward, self.attention.backward
+
+
 class _MeasuredHead:
     """A language model's head in one pass in float32; its int8 is held against that afterwards, on a few rows."""
 
@@ -148,12 +192,11 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
     stack.fits()  # reads the adapters
     runs_again = has_backward and stack.trained is not None
     lowest = max(stack.trained or 0, stack.cache.layer if stack.cache is not None else 0)
-    measured = [
-        _Measured(number, group, has_backward, runs_again)
-        for number, layer in enumerate(stack.layers)
-        if number >= lowest
-        for group in layer.groups
-    ]
+    measured: list[_Measured | _MeasuredAttention] = []
+    for number, layer in enumerate(stack.layers[lowest:], lowest):
+        measured += [_Measured(number, group, has_backward, runs_again) for group in layer.groups]
+        if layer.attention.within_texts.can_quantise:
+            measured.append(_MeasuredAttention(number, layer.attention.within_texts, has_backward))
     head = None if stack.head is None else _MeasuredHead(len(stack.layers), stack.head, has_backward)
     # While there are weights in both formats, there is no need for all that the layers compute.
     checkpointing, stack.checkpointing = stack.checkpointing, True

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from trimtab.engine.attention import Run
 from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want
-from trimtab.engine.fused.layers import Batch, BertLayer, LlamaLayer, values_of
+from trimtab.engine.fused.layers import Attention, Batch, BertLayer, LlamaLayer, values_of
 from trimtab.engine.fused.linears import Kernels, LinearGroup, NotPlainError
 from trimtab.engine.fused.prefix_cache import Prefix, PrefixCache
 from trimtab.engine.fused.vocabulary import VocabularyHead
@@ -85,20 +85,19 @@ class LayerStack:
         if self.head is not None:
             self.head.release()
 
-    def places(self) -> dict[tuple[int, str], LinearGroup | VocabularyHead]:
-        """All that can compute in int8, by layer and name; the head comes behind the last layer."""
-        found: dict[tuple[int, str], LinearGroup | VocabularyHead] = {
-            (number, group.name): group for number, layer in enumerate(self.layers) for group in layer.groups
-        }
+    def places(self) -> dict[tuple[int, str], LinearGroup | Attention | VocabularyHead]:
+        """All that can compute in a lower precision, by layer and name; the head comes behind the last layer."""
+        found: dict[tuple[int, str], LinearGroup | Attention | VocabularyHead] = {}
+        for number, layer in enumerate(self.layers):
+            found |= {(number, group.name): group for group in layer.groups}
+            found[number, Attention.name] = layer.attention.within_texts
         if self.head is not None:
             found[len(self.layers), self.head.name] = self.head
         return found
 
     def use_float32(self) -> None:
-        for group in self.groups:
-            group.use_float32()
-        if self.head is not None:
-            self.head.use_float32()
+        for part in self.places().values():
+            part.use_float32()
 
     def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 // Reduction by powers of two, then a minimax polynomial (Cephes): a relative error of a few 1e-7.
@@ -41,24 +45,41 @@ inline Vector at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 
 inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-template <int R, int W>
-inline void block(int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b, int64_t b_step,
-                  float* c, int64_t c_step, bool add) {
+// Two neighbours of a sum in bfloat16, the first in the lower half.
+typedef int32_t Pair;
+constexpr int32_t UPPER = static_cast<int32_t>(0xffff0000u);
+
+inline Integers at(const Pair* p) { return *reinterpret_cast<const Integers*>(p); }
+
+inline Vector add_product(Vector sum, float left, Vector right) { return sum + left * right; }
+
+inline Vector add_product(Vector sum, Pair left, Integers right) {
+#ifdef __AVX512BF16__
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(left), (__m512bh)right);
+#else
+  const Integers both = Integers{} + left;
+  return sum + (Vector)(both << 16) * (Vector)(right << 16) + (Vector)(both & UPPER) * (Vector)(right & UPPER);
+#endif
+}
+
+// Element: float, or Pair, of which each stands for two places of `inner`.
+template <int R, int W, class Element>
+inline void block(int64_t inner, const Element* a, int64_t row_step, int64_t inner_step, const Element* b,
+                  int64_t b_step, float* c, int64_t c_step, bool add) {
   Vector sums[R][W];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int w = 0; w < W; w++)
-      sums[r][w] = add ? *reinterpret_cast<const Vector*>(c + r * c_step + w * LANES) : Vector{};
+    for (int w = 0; w < W; w++) sums[r][w] = add ? at(c + r * c_step + w * LANES) : Vector{};
   for (int64_t i = 0; i < inner; i++) {
-    Vector right[W];
+    decltype(at(b)) right[W];
 #pragma GCC unroll 8
-    for (int w = 0; w < W; w++) right[w] = *reinterpret_cast<const Vector*>(b + i * b_step + w * LANES);
+    for (int w = 0; w < W; w++) right[w] = at(b + i * b_step + w * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const float left = a[r * row_step + i * inner_step];
+      const Element left = a[r * row_step + i * inner_step];
 #pragma GCC unroll 8
-      for (int w = 0; w < W; w++) sums[r][w] += left * right[w];
+      for (int w = 0; w < W; w++) sums[r][w] = add_product(sums[r][w], left, right[w]);
     }
   }
 #pragma GCC unroll 8
@@ -67,9 +88,9 @@ inline void block(int64_t inner, const float* a, int64_t row_step, int64_t inner
     for (int w = 0; w < W; w++) *reinterpret_cast<Vector*>(c + r * c_step + w * LANES) = sums[r][w];
 }
 
-template <int R>
-inline void strip(int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step, const float* b,
-                  int64_t b_step, float* c, int64_t c_step, bool add) {
+template <int R, class Element>
+inline void strip(int64_t columns, int64_t inner, const Element* a, int64_t row_step, int64_t inner_step,
+                  const Element* b, int64_t b_step, float* c, int64_t c_step, bool add) {
   int64_t j = 0, left = columns / LANES;
 #define BLOCK(W) \
   block<R, W>(inner, a, row_step, inner_step, b + j, b_step, c + j, c_step, add), j += W * LANES, left -= W
@@ -81,8 +102,9 @@ inline void strip(int64_t columns, int64_t inner, const float* a, int64_t row_st
 }
 
 // c [rows, columns] (+)= a [rows, inner] b [inner, columns]; columns is a multiple of LANES, a may be transposed.
-inline void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t row_step, int64_t inner_step,
-             const float* b, int64_t b_step, float* c, int64_t c_step, bool add) {
+template <class Element>
+inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Element* a, int64_t row_step,
+                     int64_t inner_step, const Element* b, int64_t b_step, float* c, int64_t c_step, bool add) {
   int64_t r = 0;
 #define STRIP(R) strip<R>(columns, inner, a + r * row_step, row_step, inner_step, b, b_step, c + r * c_step, c_step, add)
   for (; r + ROWS <= rows; r += ROWS) STRIP(ROWS);
@@ -134,14 +156,16 @@ inline void transpose(Vector (&rows)[LANES]) {
 }
 
 // to [n, rows] = from [rows, n]. Whole vectors are written: up to LANES - 1 places after each row of `to` get zeros.
-inline void turn_rows(const float* from, int64_t step, int64_t rows, int64_t n, float* to, int64_t to_step) {
+template <class Element>
+inline void turn_rows(const Element* from, int64_t step, int64_t rows, int64_t n, Element* to, int64_t to_step) {
+  using Lanes = decltype(at(from));
   for (int64_t r = 0; r < rows; r += LANES) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
       Vector block[LANES] = {};
-      for (int64_t k = 0; k < LANES && r + k < rows; k++) block[k] = at(from + (r + k) * step + i);
+      for (int64_t k = 0; k < LANES && r + k < rows; k++) block[k] = (Vector)at(from + (r + k) * step + i);
       transpose(block);
-      for (int64_t k = 0; k < LANES; k++) *reinterpret_cast<Vector*>(to + (i + k) * to_step + r) = block[k];
+      for (int64_t k = 0; k < LANES; k++) *reinterpret_cast<Lanes*>(to + (i + k) * to_step + r) = (Lanes)block[k];
     }
     for (; i < n; i++)
       for (int64_t k = r; k < rows && k < r + LANES; k++) to[i * to_step + k] = from[k * step + i];
