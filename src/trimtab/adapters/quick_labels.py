@@ -10,7 +10,6 @@ from torch import Tensor
 from trimtab.data import Row
 from trimtab.engine.forward import PackedForward
 from trimtab.engine.fused import native
-from trimtab.engine.fused.formats import Weight
 from trimtab.engine.fused.stack import LayerStack
 from trimtab.evaluation.unlabelled import SAY, Record
 from trimtab.precision import use_float32
@@ -34,15 +33,15 @@ class QuickLabels:
     def __init__(self, adapter: LoadedAdapter, first_rows: Sequence[Row], progress: Progress) -> None:
         stack = _stack_of(adapter)
         assert stack is not None
-        self.adapter, self.groups = adapter, stack.groups
+        self.adapter, self.stack = adapter, stack
         self.rows = self.again = 0
         measured = first_rows[:_MEASURED_ROWS]
         use_float32(adapter.scorer.choice.forward)
         encoded = adapter.scorer.encode(measured)
         exact = self._score(encoded)
-        self._exact = self._weights()
+        self._exact = stack.formats()
         adapter.compute_in("int8", measured, progress)
-        self._rounded = self._weights()
+        self._rounded = stack.formats()
         errors = self._score(encoded) - exact
         self.bound = float((errors.amax(1) - errors.amin(1)).max())
         progress.note(f"logits apart by {self.bound:.3f} or less in int8 are computed anew in float32")
@@ -57,27 +56,20 @@ class QuickLabels:
     def predict_rows(self, rows: Sequence[Row]) -> list[Record]:
         """As `LoadedAdapter.predict_rows`."""
         task, encoded = self.adapter.scorer.task, self.adapter.scorer.encode(rows)
-        self._use(self._rounded)
+        self.stack.use(self._rounded)
         outputs = self._score(encoded)
         likeliest = outputs.topk(2, dim=1).values
         unsure = (likeliest[:, 0] - likeliest[:, 1] <= self.bound).nonzero().squeeze(1)
         self.rows += len(rows)
         self.again += len(unsure)
-        self._use(self._exact)  # and so they stay for whoever comes next
+        self.stack.use(self._exact)  # and so they stay for whoever comes next
         if len(unsure):
             outputs[unsure] = self._score(encoded.take(unsure.tolist()))
-            self._exact = self._weights()  # what a layer's first product in float32 laid out
+            self._exact = self.stack.formats()  # what a layer's first product in float32 laid out
         return SAY[task.name](outputs, encoded, rows, self.adapter.label_names)
 
     def _score(self, encoded: EncodedRows) -> Tensor:
         return self.adapter.scorer.score(encoded).outputs
-
-    def _weights(self) -> list[Weight]:
-        return [group.weight for group in self.groups]
-
-    def _use(self, weights: Sequence[Weight]) -> None:
-        for group, weight in zip(self.groups, weights, strict=True):
-            group.weight = weight
 
 
 def _stack_of(adapter: LoadedAdapter) -> LayerStack | None:

@@ -181,7 +181,7 @@ def test_attention_in_bfloat16_is_off_by_its_rounding(kernels):
 
 def attention_of(kernels, heads, bfloat16):
     """What texts attend to, and the gradient."""
-    lengths = [1, 1, 5, 16, 17, 96, 97, 530]  # the last in four parts
+    lengths = [1, 1, 5, 16, 17, 96, 97, 530]  # the last in two to four parts
     starts = torch.tensor([0, *lengths]).cumsum(0)
     draw = Draw()
     query, key_value, dim = heads.shape

@@ -129,3 +129,19 @@ def test_scoring_in_int8_measures_outputs_alone(case):
         quantised = case.choice.forward.logits(pack(case.examples, case.choice))
     assert (quantised - logits).abs().max() > 0
     assert torch.cosine_similarity(quantised.flatten(), logits.flatten(), 0) > 0.995
+
+
+def test_layers_without_adapters_are_measured_by_their_outputs(tiny_model):
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128).requires_grad_(False)
+    choice = choose_forward(model, 0, 64, False)
+    batch = pack(make_examples(model, seed=1), choice)
+    errors = quantise_stack(choice.forward.stack, lambda: choice.forward.logits(batch), has_backward=True)
+    assert len(errors) == 8 + 2 * native.has_bfloat16()
+    assert all(error.output_cosine > 0.999 and error.gradient_cosine is None for error in errors)
+
+
+def test_attention_is_in_float32_where_all_else_is(case, monkeypatch):
+    monkeypatch.setattr(precision, "_error_of", lambda layer, group, *_: precision.GroupError(layer, group.name, 0, 0))
+    errors = case.quantise()
+    assert not any(error.is_within_bounds for error in errors)
+    assert not any(map(is_lowered, case.stack.places().values()))

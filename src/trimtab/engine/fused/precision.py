@@ -27,13 +27,13 @@ from trimtab.engine.memory import give_back_mapped_pages
 OUTPUT_COSINE = 0.999
 GRADIENT_COSINE = 0.99
 
-# Rows of a batch on which each group's error is measured; all groups' are held at once.
+# Rows of a batch on which each group's error is measured; attention's is measured on all, since texts are whole.
 MEASURED_ROWS = 256
 MEASURED_POSITIONS = 32  # of a language model's head, whose rows are as long as its vocabulary; all over the batch
 
 
 class GroupError(NamedTuple):
-    """What a lower precision costs a group of linears; `gradient_cosine` is None where no input gradient is wanted."""
+    """What a lower precision costs linears, or attention; `gradient_cosine` is None where no gradient is wanted."""
 
     layer: int
     group: str
@@ -105,7 +105,7 @@ class _MeasuredAttention:
     def _forward(self, projected: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         found = Attention.forward(self.attention, projected, starts)
         if not self.has_backward:
-            self._keep_better([found[0]], lambda: [Attention.forward(self.attention, projected, starts)[0]])
+            self._lower_within_bounds([found[0]], lambda: [Attention.forward(self.attention, projected, starts)[0]])
         return found
 
     def _backward(self, grad: Tensor, projected: Tensor, sums: Tensor, starts: Tensor) -> Tensor:
@@ -116,18 +116,15 @@ class _MeasuredAttention:
             return [attended, *torch.split(found, [query * dim, key_value * dim, key_value * dim], 1)]
 
         exact = results()
-        self._keep_better(exact, results)
+        self._lower_within_bounds(exact, results)
         return torch.cat(exact[1:], 1)
 
-    def _keep_better(self, exact: list[Tensor], results: Callable[[], list[Tensor]]) -> None:
+    def _lower_within_bounds(self, exact: list[Tensor], results: Callable[[], list[Tensor]]) -> None:
         self.attention.quantise()
         output, *gradients = map(cosine, results(), exact)
         self.error = self.error._replace(output_cosine=output, gradient_cosine=min(gradients, default=None))
         if not self.error.is_within_bounds:
             self.attention.use_float32()
-
-    def finish(self) -> None:
-        pass
 
     def forget(self) -> None:
         del self.attention.forward, self.attention.backward
@@ -192,11 +189,12 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
     stack.fits()  # reads the adapters
     runs_again = has_backward and stack.trained is not None
     lowest = max(stack.trained or 0, stack.cache.layer if stack.cache is not None else 0)
-    measured: list[_Measured | _MeasuredAttention] = []
+    measured: list[_Measured] = []
+    attention: list[_MeasuredAttention] = []
     for number, layer in enumerate(stack.layers[lowest:], lowest):
         measured += [_Measured(number, group, has_backward, runs_again) for group in layer.groups]
         if layer.attention.within_texts.can_quantise:
-            measured.append(_MeasuredAttention(number, layer.attention.within_texts, has_backward))
+            attention.append(_MeasuredAttention(number, layer.attention.within_texts, runs_again))
     head = None if stack.head is None else _MeasuredHead(len(stack.layers), stack.head, has_backward)
     # While there are weights in both formats, there is no need for all that the layers compute.
     checkpointing, stack.checkpointing = stack.checkpointing, True
@@ -208,10 +206,18 @@ def quantise_stack(stack: LayerStack, run: Callable[[], None], has_backward: boo
     finally:
         for one in measured:
             one.forget()
+        for part in attention:
+            part.forget()
         if head is not None:
             head.forget()
         stack.checkpointing = checkpointing
-    return [one.error for one in measured] + ([] if head is None else head.measure())
+    errors = [one.error for one in measured]
+    if any(error.is_within_bounds for error in errors):
+        errors += [one.error for one in attention]
+    else:  # the stack is in float32
+        for layer in stack.layers:
+            layer.attention.within_texts.use_float32()
+    return errors + ([] if head is None else head.measure())
 
 
 def _error_of(layer: int, group: LinearGroup, inputs: Tensor, gradient: Tensor | None) -> GroupError:

@@ -17,12 +17,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trimtab.engine.attention import Run
-from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want
+from trimtab.engine.fused.formats import Heads, HeadShape, Rotary, Rows, Want, Weight
 from trimtab.engine.fused.layers import Attention, Batch, BertLayer, LlamaLayer, values_of
 from trimtab.engine.fused.linears import Kernels, LinearGroup, NotPlainError
 from trimtab.engine.fused.prefix_cache import Prefix, PrefixCache
 from trimtab.engine.fused.vocabulary import VocabularyHead
 from trimtab.engine.mixed import current_mix
+
+
+class Formats(NamedTuple):
+    """The number formats of a stack's layers, with what is laid out for them."""
+
+    weights: list[Weight]
+    is_bfloat16: list[bool]  # each layer's attention
 
 
 class LayerStack:
@@ -98,6 +105,19 @@ class LayerStack:
     def use_float32(self) -> None:
         for part in self.places().values():
             part.use_float32()
+
+    def formats(self) -> Formats:
+        """How the layers compute now, for `use`."""
+        return Formats(
+            [group.weight for group in self.groups], [layer.attention.within_texts.is_bfloat16 for layer in self.layers]
+        )
+
+    def use(self, formats: Formats) -> None:
+        """Compute as the layers did when these formats were taken."""
+        for group, weight in zip(self.groups, formats.weights, strict=True):
+            group.weight = weight
+        for layer, is_bfloat16 in zip(self.layers, formats.is_bfloat16, strict=True):
+            layer.attention.within_texts.is_bfloat16 = is_bfloat16
 
     def hidden_states(self, inputs: dict[str, Any], runs: Sequence[Run], rows: Tensor | None) -> Tensor:
         """What `backbone(**inputs).last_hidden_state[0]` gives, at the tokens `rows` only where given."""

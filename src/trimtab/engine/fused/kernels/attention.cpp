@@ -22,6 +22,9 @@ struct Shape {
   int64_t groups() const { return heads / key_heads; }
 };
 
+// An even number, since pairs of columns belong to one head.
+int64_t rows_at_once(int64_t groups) { return std::max<int64_t>(QUERIES / groups / 2 * 2, 2); }
+
 // Which keys a query sees; window 0 is none.
 struct Mask {
   int64_t causal, window;
@@ -33,10 +36,10 @@ struct Job {
 };
 
 // The largest jobs first, so that the last ones end together. Parts of one text lie next to each other.
-std::vector<Job> list_jobs(const int64_t* starts, int64_t texts, int64_t key_heads) {
+std::vector<Job> list_jobs(const int64_t* starts, int64_t texts, int64_t key_heads, Mask mask) {
   const auto work = [=](int64_t text) {
-    const double length = static_cast<double>(starts[text + 1] - starts[text]);
-    return length * length;
+    const int64_t length = starts[text + 1] - starts[text];
+    return static_cast<double>(length) * static_cast<double>(mask.window ? std::min(length, mask.window) : length);
   };
   double all = 0.0;
   for (int64_t text = 0; text < texts; text++) all += work(text) * static_cast<double>(key_heads);
@@ -45,7 +48,8 @@ std::vector<Job> list_jobs(const int64_t* starts, int64_t texts, int64_t key_hea
   for (int64_t text = 0; text < texts; text++) {
     const int64_t length = starts[text + 1] - starts[text];
     const int64_t possible = std::clamp<int64_t>(length / PART_TOKENS, 1, MOST_PARTS);
-    const int64_t parts = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(work(text) / most - 1e-9)), 1, possible);
+    const double wanted = most > 0.0 ? std::ceil(work(text) / most - 1e-9) : 1.0;
+    const int64_t parts = std::clamp<int64_t>(static_cast<int64_t>(wanted), 1, possible);
     for (int64_t kv = 0; kv < key_heads; kv++) {
       for (int64_t part = 0; part < parts; part++) jobs.push_back({text, kv, part, parts});
     }
@@ -59,13 +63,13 @@ std::vector<Job> list_jobs(const int64_t* starts, int64_t texts, int64_t key_hea
 // Some queries of all heads that share a key head, in the order of heads.
 struct Chunk {
   int64_t first, rows, per_head;  // the first query's place in its text; rows and at most one column of zeros
-  int64_t queries, width;         // queries = heads x per_head
+  int64_t queries, width;         // columns: heads x per_head, and whole vectors of them
   int64_t step;                   // between rows of what is turned, with room for a vector that hangs over
   std::vector<int32_t> begin, end;  // [width]: the keys that each sees
   int64_t all_begin, all_end;       // the keys that all see
 
   void place(int64_t row, int64_t count, int64_t groups, int64_t length, Mask mask) {
-    first = row, rows = count, per_head = (count + 1) / 2 * 2;  // pairs of columns belong to one head
+    first = row, rows = count, per_head = (count + 1) / 2 * 2;
     queries = groups * per_head, width = padded(queries), step = width + LANES;
     begin.assign(width, 0), end.assign(width, 0);
     for (int64_t i = 0; i < count; i++) {
@@ -109,7 +113,7 @@ template <class Element>
 void forward(const float* projected, const int64_t* starts, int64_t texts, Shape shape, float scaling, Mask mask,
              float* out, float* sums) {
   const int64_t width = shape.width(), groups = shape.groups(), dim = shape.dim, heads = shape.heads;
-  const std::vector<Job> jobs = list_jobs(starts, texts, shape.key_heads);
+  const std::vector<Job> jobs = list_jobs(starts, texts, shape.key_heads, mask);
   PARALLEL {
     static thread_local Buffer scores, largest, inverse, attended;
     static thread_local std::vector<Element> turned;
@@ -118,7 +122,7 @@ void forward(const float* projected, const int64_t* starts, int64_t texts, Shape
     _Pragma("omp for schedule(dynamic)") for (size_t number = 0; number < jobs.size(); number++) {
       const Job job = jobs[number];
       const int64_t kv = job.kv, start = starts[job.text], length = starts[job.text + 1] - start;
-      const int64_t at_once = std::max<int64_t>(QUERIES / groups, 1);
+      const int64_t at_once = rows_at_once(groups);
       const float* of_keys = projected + start * width + (heads + kv) * dim;
       key.along(of_keys, width, length, dim);
       value.across(of_keys + shape.key_heads * dim, width, length, dim);
@@ -193,7 +197,7 @@ void backward(const float* grad, const float* projected, const float* sums, cons
               Shape shape, float scaling, Mask mask, float* grad_projected) {
   const int64_t width = shape.width(), groups = shape.groups(), dim = shape.dim, heads = shape.heads;
   const int64_t columns = padded(dim), to_value = shape.key_heads * dim;
-  const std::vector<Job> jobs = list_jobs(starts, texts, shape.key_heads);
+  const std::vector<Job> jobs = list_jobs(starts, texts, shape.key_heads, mask);
   std::vector<Buffer> by_keys(jobs.size()), by_values(jobs.size());  // of texts in parts, and heads of no whole vectors
   const auto is_in_place = [&](const Job& job) { return job.parts == 1 && columns == dim; };
   PARALLEL {
@@ -204,7 +208,7 @@ void backward(const float* grad, const float* projected, const float* sums, cons
     _Pragma("omp for schedule(dynamic)") for (size_t number = 0; number < jobs.size(); number++) {
       const Job job = jobs[number];
       const int64_t kv = job.kv, start = starts[job.text], length = starts[job.text + 1] - start;
-      const int64_t at_once = std::max<int64_t>(QUERIES / groups, 1);
+      const int64_t at_once = rows_at_once(groups);
       const float* of_keys = projected + start * width + (heads + kv) * dim;
       key.along(of_keys, width, length, dim);
       value.along(of_keys + to_value, width, length, dim);
