@@ -225,7 +225,7 @@ def main() -> None:
         if arguments.only in (None, "learning"):
             sizes = (arguments.train_rows, arguments.validation_rows, arguments.epochs)
             learnt = {**about, **measure_learning(model, arguments.contenders, arguments.seeds, *sizes)}
-            file = f"learning-{name}-{arguments.train_rows}x{arguments.epochs}.json"
+            file = f"learning-{name}-{arguments.train_rows}x{arguments.epochs}-{arguments.validation_rows}.json"
             (RESULTS / file).write_text(json.dumps(learnt, indent=1) + "\n")
             print(f"  {model}: {json.dumps(learnt['contrasts'])}", flush=True)
 

@@ -23,7 +23,7 @@ quiet_libraries()
 
 
 # Files of which a test or two take a minute: at the end one worker would wait for the other.
-_LONGEST = ("tests/test_starters.py", "tests/tasks/test_seq2seq.py", "tests/test_run.py", "tests/test_hub.py")
+_LONGEST = ("tests/test_starters.py", "tests/tasks/test_seq2seq.py", "tests/test_run.py", "tests/hub/")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -7,8 +7,8 @@ namespace {
 
 // To the nearest bfloat16, an even one between two; its bits are the upper half.
 inline Integers rounded(Vector values) {
-  const Integers bits = (Integers)values;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) & UPPER;
+  const Integers bits = (Integers)values, none = values != values;
+  return (none ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) & UPPER;
 }
 
 // Of two rows that lie next to each other in a sum.
