@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,27 +47,38 @@ def score_rows(
     keep_freed_memory()
     batches = collator.plan(tokens_per_batch, None)
     total = sum(map(len, collator.examples))
-    outputs: list[Tensor] = []
-    caught: list[Tensor] = []
-    order: list[int] = []
+    ends = list(accumulate(len(example.positions) for example in collator.examples))
+    outputs, caught = _Gathered(ends), _Gathered(ends)
     tokens = 0
     started = time.perf_counter()
     with torch.inference_mode():
         for rows in batches:
             batch = collator.collate(rows).to(device)
-            outputs.append(compute(batch).float().cpu())
+            outputs.put(batch.rows, compute(batch))
             if features is not None:
-                caught.append(features.take(batch).float().cpu())
-            order.extend(row for row in batch.rows for _ in collator.examples[row].positions)
+                caught.put(batch.rows, features.take(batch))
             tokens += batch.tokens
             seconds = time.perf_counter() - started
             listener.advance(tokens, total, "tokens", tokens_per_second=tokens / seconds)
     seconds = time.perf_counter() - started
-    place = torch.tensor(order).argsort(stable=True)
-    return Scores(
-        torch.cat(outputs).index_select(0, place),
-        torch.cat(caught).index_select(0, place) if caught else None,
-        seconds,
-        tokens,
-        len(batches),
-    )
+    assert outputs.values is not None
+    return Scores(outputs.values, caught.values, seconds, tokens, len(batches))
+
+
+class _Gathered:
+    """Values [positions, columns] of all examples, put in their places as they come.
+
+    Held in one piece from the first on: small pieces would lie between what batches compute in, and break up the heap.
+    """
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        self.ends = ends  # of each example's positions
+        self.values: Tensor | None = None
+
+    def put(self, rows: Sequence[int], found: Tensor) -> None:
+        """What was found for the positions of these examples, one after the other."""
+        if self.values is None:
+            with torch.inference_mode(False):
+                self.values = torch.empty(self.ends[-1], *found.shape[1:])
+        places = [place for row in rows for place in range(self.ends[row - 1] if row else 0, self.ends[row])]
+        self.values[torch.tensor(places, dtype=torch.long)] = found.float().cpu()
