@@ -251,7 +251,9 @@ def test_it_writes_no_text(loaded):
 def test_rows_of_a_pipe_are_answered_as_they_arrive_and_an_interruption_says_what_is_left(finished):
     command = [sys.executable, "-m", "trimtab", "predict", str(finished.trial("lora", 0).adapter), "--quiet"]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **streams) as process:
+    # A shell's job in the background ignores interruptions, and so would all that it starts.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, text=True, **streams, **heed) as process:
         for text in ("a joy to watch", "a dull mess"):
             process.stdin.write(text + "\n")
             process.stdin.flush()
