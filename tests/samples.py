@@ -25,6 +25,8 @@ with pytest.MonkeyPatch.context() as patch:
 VOCABULARY = 120
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
           "num_attention_heads": 4}  # fmt: skip
+# Flags of a run that is over in seconds.
+SHORT_TRAINING = ["--num-train-epochs=1", "--tokens-per-batch=128", "--max-length-tokens=32", "--learning-rate=0.01"]
 
 
 def tiny_config(family: str, **changes: Any) -> Any:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SETTINGS = ["--num-train-epochs=1", "--tokens-per-batch=128", "--max-length-tokens=32", "--learning-rate=0.01"]
-
+from samples import SHORT_TRAINING
 
 LOCATE = """
 import sys
@@ -22,7 +21,7 @@ print(len(read_source(sys.argv[1], Silent()).splits["train"].rows), locate_model
 
 def test_a_study_of_hub_ids_runs_and_goes_on_offline(hub, trimtab, tmp_path):
     """And a download that breaks off in its middle is had nevertheless."""
-    flags = ["--model=small/llama", "--train-data=small/reviews", *SETTINGS]
+    flags = ["--model=small/llama", "--train-data=small/reviews", *SHORT_TRAINING]
     hub.cut_once.add("model.safetensors")
     done = trimtab("run", *flags, f"--out={tmp_path / 'run'}", "--json")
     assert done.returncode == 0, done.stderr

@@ -5,11 +5,9 @@ import shutil
 
 import pytest
 
-from samples import run_here, run_trimtab, write_reviews
+from samples import SHORT_TRAINING, run_here, run_trimtab, write_reviews
 from trimtab import load_adapter
 from trimtab.study_config import build_study
-
-SETTINGS = ["--num-train-epochs=1", "--tokens-per-batch=128", "--max-length-tokens=32", "--learning-rate=0.01"]
 
 
 def test_an_adapter_goes_to_the_hub_and_comes_back(hub, here, trimtab, tmp_path, monkeypatch):
@@ -20,7 +18,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, here, trimtab, tmp_path,
         "run",
         "--model=small/llama",
         f"--train-data={data}",
-        *SETTINGS,
+        *SHORT_TRAINING,
         f"--out={tmp_path / 'run'}",
         "--json",
     )
@@ -84,7 +82,7 @@ def test_the_base_is_found_again_where_its_repository_went_on(hub, here, trimtab
     there = hub.root / "small" / "moving"
     shutil.copytree(model_folder("llama"), there)
     data = write_reviews(tmp_path / "reviews.csv", 60)
-    flags = ["--model=small/moving", f"--train-data={data}", *SETTINGS, f"--out={tmp_path / 'run'}"]
+    flags = ["--model=small/moving", f"--train-data={data}", *SHORT_TRAINING, f"--out={tmp_path / 'run'}"]
     done = trimtab("run", *flags)
     assert done.returncode == 0, done.stderr
     adapter = tmp_path / "run" / "trials" / "lora-s0" / "adapter"

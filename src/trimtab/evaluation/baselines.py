@@ -109,14 +109,14 @@ def fit_linear_probe(
     if len(features) > _PROBED_POSITIONS:
         chosen = np.random.default_rng(0).permutation(len(features))[:_PROBED_POSITIONS]
         features, labels = features[torch.from_numpy(chosen)], labels[chosen]
-    scaler = StandardScaler(with_mean=has_bias)
-    for some in torch.split(features, _ROWS_AT_ONCE):
+    scaler = StandardScaler(copy=False, with_mean=has_bias)  # `double` has made a copy already
+    for some in torch.split(features, _ROWS_AT_ONCE):  # what a fit computes on the way is as large as its rows
         scaler.partial_fit(some.double().numpy())
     fit = best_fit(
         LINEAR_MODELS[task],
-        _standardised(scaler, features),
+        scaler.transform(features.double().numpy()),
         labels,
-        _standardised(scaler, held_out),
+        scaler.transform(held_out.double().numpy()),
         held_out_labels,
         _PROBE_STRENGTHS,
         fit_intercept=has_bias,
@@ -126,12 +126,3 @@ def fit_linear_probe(
     shift = torch.from_numpy(fit.bias - weight @ scaler.mean_).float() if has_bias else None
     # Several classes come in column order, which safetensors does not store.
     return LinearProbe(torch.from_numpy(np.ascontiguousarray(weight)).float(), shift, fit.strength)
-
-
-def _standardised(scaler: Any, features: Tensor) -> Floats:
-    """[positions, features] in float64; copies on the way are of some rows alone."""
-    found = np.empty(features.shape)
-    for start in range(0, len(features), _ROWS_AT_ONCE):
-        some = slice(start, start + _ROWS_AT_ONCE)
-        found[some] = scaler.transform(features[some].double().numpy())
-    return found

@@ -179,6 +179,20 @@ def test_attention_in_bfloat16_is_off_by_its_rounding(kernels):
         assert 1e-4 < error_of(ours, exact) < 1e-2
 
 
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_attention_does_not_depend_on_threads(bfloat16):
+    heads = Heads(HeadShape(3, 1, 64), 64**-0.5, True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = attention_of(native, heads, bfloat16)
+        torch.set_num_threads(3)
+        three = attention_of(native, heads, bfloat16)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, one, three))
+
+
 def attention_of(kernels, heads, bfloat16):
     """What texts attend to, and the gradient."""
     lengths = [1, 1, 5, 16, 17, 96, 97, 530]  # the last in two to four parts

@@ -29,7 +29,7 @@ class Batch:
 
 
 class Attention:
-    """What each text attends to, in float32; or, where all else is int8, by products in bfloat16."""
+    """What each text attends to, in float32; or, where linears are int8, by products in bfloat16."""
 
     name = "attention"
 

@@ -62,14 +62,14 @@ std::vector<Job> list_jobs(const int64_t* starts, int64_t texts, int64_t key_hea
 
 // Some queries of all heads that share a key head, in the order of heads.
 struct Chunk {
-  int64_t first, rows, per_head;  // the first query's place in its text; rows and at most one column of zeros
+  int64_t rows, per_head;         // queries of each head; with at most one column of zeros
   int64_t queries, width;         // columns: heads x per_head, and whole vectors of them
   int64_t step;                   // between rows of what is turned, with room for a vector that hangs over
   std::vector<int32_t> begin, end;  // [width]: the keys that each sees
   int64_t all_begin, all_end;       // the keys that all see
 
   void place(int64_t row, int64_t count, int64_t groups, int64_t length, Mask mask) {
-    first = row, rows = count, per_head = (count + 1) / 2 * 2;
+    rows = count, per_head = (count + 1) / 2 * 2;
     queries = groups * per_head, width = padded(queries), step = width + LANES;
     begin.assign(width, 0), end.assign(width, 0);
     for (int64_t i = 0; i < count; i++) {
@@ -314,7 +314,7 @@ void backward(const float* grad, const float* projected, const float* sums, cons
 extern "C" {
 
 // Whether products of bfloat16 are faster than those of float32. AMD's take as long for twice as many places; Intel's
-// run on one port in place of two.
+// run on one port in place of two (not measured).
 int64_t has_bfloat16() {
 #ifdef __AVX512BF16__
   return __builtin_cpu_is("amd") ? 1 : 0;
