@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ with pytest.MonkeyPatch.context() as patch:
 VOCABULARY = 120
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
           "num_attention_heads": 4}  # fmt: skip
+LABELLED_WORDS = ["joy", "dull", "funny", "slow", "fine", "loud", "film", "story", "acting", "year"]
 # Flags of a run that is over in seconds.
 SHORT_TRAINING = ["--num-train-epochs=1", "--tokens-per-batch=128", "--max-length-tokens=32", "--learning-rate=0.01"]
 
@@ -206,3 +208,25 @@ def run_trimtab(
         except SystemExit as ended:
             code = int(ended.code or 0)
     return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def labelled_rows(task: str, count: int = 160, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows whose labels can be told from single words."""
+    generator = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for _ in range(count):
+        words = [str(word) for word in generator.choice(LABELLED_WORDS, size=generator.integers(4, 9))]
+        text = " ".join(words)
+        if task == "multilabel":
+            rows.append({"text": text, "labels": [word for word in ("joy", "dull", "slow") if word in words]})
+        elif task == "regression":
+            rows.append({"text": text, "score": 10.0 + 4.0 * words.count("joy") - 3.0 * words.count("dull")})
+        else:
+            tags = ["B-MOOD" if word in ("joy", "dull") else "B-THING" if word == "film" else "O" for word in words]
+            rows.append({"tokens": words, "tags": tags})
+    return rows

@@ -11,22 +11,12 @@ from safetensors.torch import load_file, save_file
 from samples import Notes, run_here, run_trimtab, write_reviews
 from trimtab.adapters import evaluate_trial, prove_reload
 from trimtab.adapters.files import write_facts
-from trimtab.data import Row
 from trimtab.engine.fused import native
-from trimtab.engine.prepare import prepare_adapted
 from trimtab.errors import ReloadError, SourceError, TrainingError
-from trimtab.evaluation.baselines import LinearProbe
-from trimtab.evaluation.evaluate import make_scorer
-from trimtab.methods import attach_adapter
-from trimtab.models import load_base
 from trimtab.progress import Silent
 from trimtab.runs import RunFolder
-from trimtab.sources import ModelSource
 from trimtab.study import run_study
 from trimtab.study_config import build_study
-from trimtab.tasks import get_task
-from trimtab.tasks.heads import final_linear
-from trimtab.tuning import start_head_at_probe
 
 METRICS = {"accuracy", "f1", "precision", "recall", "loss", "brier"}
 COSTS = {"trainable_parameters", "total_parameters", "trainable_percent", "adapter_bytes", "train_seconds",
@@ -176,28 +166,6 @@ def test_a_finished_run_is_not_run_again(finished):
     again = run_study(build_study(yaml.safe_load(run.study.read_text())))
     assert again["contrasts"] == comparison["contrasts"]
     assert (run.trial("lora", 0).adapter / "adapter_model.safetensors").stat().st_mtime_ns == stamp
-
-
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "distilbert", "roberta", "mpnet"])
-def test_the_head_starts_at_the_linear_probe(family, model_folder):
-    """Before any step, the adapted model's logits are the probe's on the frozen base's features."""
-    names = ["bad", "fine", "good"]
-    task = get_task("classification")
-    base = load_base(
-        ModelSource("tiny", str(model_folder(family)), True), task.auto_class, task.head_settings(names), 0
-    )
-    scorer = make_scorer(task, base, 32, Silent())
-    texts = ["a joy to watch", "a dull mess", "warm, funny and wise", "the worst film of the year number 3"]
-    encoded = scorer.encode([Row(str(i), text, None, i % 3, None) for i, text in enumerate(texts)])
-    features = scorer.score(encoded, features=True).features
-    has_bias = final_linear(base.model).bias is not None
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(3, features.shape[1], generator=generator)
-    probe = LinearProbe(weight, torch.randn(3, generator=generator) if has_bias else None, 1.0)
-    peft_model = attach_adapter(base.model, build_study({}), base.new_modules)
-    scorer.choice = prepare_adapted(peft_model, scorer.choice)
-    start_head_at_probe(base.model, probe)
-    torch.testing.assert_close(scorer.score(encoded).outputs, probe.outputs(features), atol=1e-4, rtol=1e-4)
 
 
 def test_numbers_as_labels_and_text_pairs(tmp_path, model_folder):

@@ -52,6 +52,9 @@ from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.heads import backbone_of, final_linear
 from trimtab.tasks.preference import Preference, log_probabilities, refer_to
 
+# Chosen by trying on two models (docs/decisions.md, 96).
+_HEAD_TEMPERATURE = 10.0
+
 
 def tune(
     study: StudyConfig,
@@ -251,6 +254,20 @@ def start_head_at_probe(model: Any, probe: LinearProbe) -> None:
             head.bias.copy_(probe.bias)
 
 
+def soften_head(model: Any, temperature: float) -> None:
+    """Divide the head's logits by `temperature` (Guo et al. 2017): the same labels, less sure.
+
+    A probe is sure of the rows that it was fitted on, which leaves little to learn, and its large weights let small
+    changes of the features fit what is left. Of a small output, features have to move (Chizat et al. 2019, "On Lazy
+    Training in Differentiable Programming", section 1).
+    """
+    head = final_linear(model)
+    with torch.no_grad():
+        head.weight.div_(temperature)
+        if head.bias is not None:
+            head.bias.div_(temperature)
+
+
 def run_loop(
     study: StudyConfig,
     scorer: Scorer,
@@ -281,6 +298,10 @@ def run_loop(
         shown = {name: figures[name] for name in ("loss", "tokens_per_second")}
         progress.advance(state.step, len(plan), "steps", **shown)
 
+    def before_first_step() -> None:
+        if scorer.task.softens_head and not get_method(study.method).trains_head_only:
+            soften_head(scorer.base.model, _HEAD_TEMPERATURE)
+
     settings = LoopSettings(
         learning_rate=learning_rate_of(study, peft_model),
         warmup_ratio=study.warmup_ratio,
@@ -289,7 +310,7 @@ def run_loop(
         early_stopping_patience=study.early_stopping_patience,
     )
     set_adapter_training(peft_model, True)
-    return train(state, plan, compute_loss, validate, settings, on_step)
+    return train(state, plan, compute_loss, validate, settings, on_step, before_first_step)
 
 
 def describe_training(

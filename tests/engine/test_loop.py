@@ -122,6 +122,27 @@ def test_a_restored_state_goes_on_to_the_same_bits(tiny_model):
     assert strip == [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in resumed.state.history]
 
 
+def test_what_comes_before_the_first_step_is_done_once_and_is_not_the_start(tiny_model):
+    trial = Trial(tiny_model)
+    start, done, taken = trial.state.copy_weights(), [], {}
+
+    def move():
+        done.append(trial.state.step)
+        with torch.no_grad():
+            for weight in trial.state.parameters.values():
+                weight.add_(1.0)
+
+    def take(state, figures):
+        if state.step == 1:
+            assert same_weights(state.best_weights, start)
+            taken.update(state.state_dict())
+
+    trial.run(on_step=take, before_first_step=move)
+    trial.state.load_state_dict(taken)
+    trial.run(before_first_step=move)
+    assert done == [0]
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_best_state(tiny_model):
     trial = Trial(tiny_model)
     honest = trial.loss

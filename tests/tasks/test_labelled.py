@@ -1,14 +1,12 @@
 """Tasks with labels: what rows become, what is scored, and whole runs on tiny models."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from seqeval.metrics import f1_score as entity_f1
 from sklearn import metrics as reference
 
-from samples import Notes, run_here, run_trimtab, save_tiny_model
+from samples import LABELLED_WORDS, Notes, labelled_rows, run_here, run_trimtab, save_tiny_model, write_rows
 from trimtab.adapters import load_adapter
 from trimtab.data import Row, prepare_data
 from trimtab.errors import DataError
@@ -25,35 +23,11 @@ from trimtab.study_config import build_study
 from trimtab.tasks import get_task
 from trimtab.tasks.classification import Classification, balance_classes, classification_loss
 
-WORDS = ["joy", "dull", "funny", "slow", "fine", "loud", "film", "story", "acting", "year"]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def make_rows(task, count=160, seed=0):
-    """Rows whose labels can be told from single words."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        words = [str(word) for word in generator.choice(WORDS, size=generator.integers(4, 9))]
-        text = " ".join(words)
-        if task == "multilabel":
-            rows.append({"text": text, "labels": [word for word in ("joy", "dull", "slow") if word in words]})
-        elif task == "regression":
-            rows.append({"text": text, "score": 10.0 + 4.0 * words.count("joy") - 3.0 * words.count("dull")})
-        else:
-            tags = ["B-MOOD" if word in ("joy", "dull") else "B-THING" if word == "film" else "O" for word in words]
-            rows.append({"tokens": words, "tags": tags})
-    return rows
-
 
 @pytest.fixture(scope="module", params=["multilabel", "regression", "token_classification"])
 def finished(request, tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp(request.param)
-    data = write_rows(folder / "rows.jsonl", make_rows(request.param))
+    data = write_rows(folder / "rows.jsonl", labelled_rows(request.param))
     family = {"multilabel": "llama", "regression": "bert", "token_classification": "bert"}[request.param]
     comparison = run_here(build_study(
         {"model": str(model_folder(family)), "train_data": str(data), "task": request.param, "num_train_epochs": 4,
@@ -195,7 +169,7 @@ def test_bad_rows_are_named(tmp_path, task, rows, said):
 
 
 def test_a_tag_that_train_does_not_have(tmp_path):
-    train = write_rows(tmp_path / "train.jsonl", make_rows("token_classification", 40))
+    train = write_rows(tmp_path / "train.jsonl", labelled_rows("token_classification", 40))
     test = write_rows(tmp_path / "test.jsonl", [{"tokens": ["joy"], "tags": ["B-ODD"]}])
     study = {
         "task": "token_classification",
@@ -236,7 +210,12 @@ def test_balanced_weights_in_a_whole_run(tmp_path, model_folder):
     for number in range(320):
         label = ["common", "rare"][number % 8 == 0]
         hint = "joy" if (label == "rare" or generator.random() < 0.3) else "dull"
-        rows.append({"text": f"{hint} {generator.choice(WORDS[2:])} {generator.choice(WORDS[2:])}", "label": label})
+        rows.append(
+            {
+                "text": f"{hint} {generator.choice(LABELLED_WORDS[2:])} {generator.choice(LABELLED_WORDS[2:])}",
+                "label": label,
+            }
+        )
     data = write_rows(tmp_path / "rows.jsonl", rows)
     recalls = {}
     for weights in ("none", "balanced"):
@@ -251,7 +230,7 @@ def test_balanced_weights_in_a_whole_run(tmp_path, model_folder):
 
 
 def test_balanced_weights_are_for_classes(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", make_rows("regression"))
+    path = write_rows(tmp_path / "rows.jsonl", labelled_rows("regression"))
     done = run_trimtab("run", "--task", "regression", "--train-data", path, "--class-weights", "balanced",
                        "--model", save_tiny_model("bert", tmp_path / "bert"), "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 2
@@ -263,7 +242,7 @@ def test_each_tag_has_its_probability_and_words_alone_are_read(finished, tmp_pat
     if task != "token_classification":
         pytest.skip(f"{task} says no tags")
     loaded = load_adapter(run.trial("lora", 0).adapter)
-    sentences = [WORDS[:6], ["joy"], WORDS * 5]  # the last is longer than 32 tokens
+    sentences = [LABELLED_WORDS[:6], ["joy"], LABELLED_WORDS * 5]  # the last is longer than 32 tokens
     (tmp_path / "new.conll").write_text("\n\n".join("\n".join(words) for words in sentences))
     told = Notes()
     records = read_records(str(tmp_path / "new.conll"))

@@ -1,6 +1,5 @@
 """Preference: rows, DPO's loss beside trl's, and a run that learns which answers are wanted."""
 
-import json
 import math
 import shutil
 
@@ -11,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapted_models import enliven
-from samples import run_here
+from samples import run_here, write_rows
 from trimtab.combining import combine_adapters
 from trimtab.data import Row, prepare_data
 from trimtab.engine.batches import Collator, TrainingPlan
@@ -45,11 +44,6 @@ def make_rows(count=40):
         }
         for number in range(count)
     ]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture

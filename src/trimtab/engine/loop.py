@@ -69,6 +69,7 @@ def train(
     validate: Callable[[], dict[str, float]],
     settings: LoopSettings,
     on_step: Callable[[TrainingState, dict[str, float]], None] = lambda state, figures: None,
+    before_first_step: Callable[[], None] = lambda: None,
 ) -> Ending:
     """Train from where `state` stands to the end of `plan`; the best weights are set at the end.
 
@@ -76,6 +77,7 @@ def train(
         compute_loss: mean loss of a batch, with a graph to the parameters.
         validate: figures on the validation rows; the highest `score` is best, then the least `loss`.
         on_step: called after each step with its figures; may save `state.state_dict()`.
+        before_first_step: may change the weights that training goes on from; the start was validated without it.
 
     Returns:
         How it ended. On "not_finite" the step that failed changed nothing, and the best
@@ -83,6 +85,7 @@ def train(
     """
     if state.step == 0:
         _validate(state, validate, settings)
+        before_first_step()
     ending: Ending = "finished"
     while state.step < len(plan):
         started = time.perf_counter()

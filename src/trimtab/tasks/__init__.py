@@ -24,7 +24,8 @@ class Task(Protocol):
     """A task's rows, loss and outputs; all else is the same for every task.
 
     `peft_type` and `auto_class` are peft's and transformers' names for it; `has_probe` says whether
-    its head is new, and starts at a linear probe; `writes_answers` whether its systems are judged by texts.
+    its head is new, and starts at a linear probe; `softens_head` whether that head is made less sure before the first
+    step, which outputs that are values cannot be; `writes_answers` whether its systems are judged by texts.
     """
 
     @property
@@ -38,6 +39,9 @@ class Task(Protocol):
 
     @property
     def has_probe(self) -> bool: ...
+
+    @property
+    def softens_head(self) -> bool: ...
 
     @property
     def writes_answers(self) -> bool: ...

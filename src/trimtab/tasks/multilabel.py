@@ -22,6 +22,7 @@ class Multilabel:
     peft_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"
     has_probe = True
+    softens_head = True
     writes_answers = False
 
     def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ class NextToken:
     """The model's own head stays, so there is none to probe."""
 
     has_probe = False
+    softens_head = False
 
     def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:
         return {}

@@ -20,6 +20,7 @@ class Regression:
     peft_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"
     has_probe = True
+    softens_head = False
     writes_answers = False
 
     def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:

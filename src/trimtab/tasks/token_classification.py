@@ -20,6 +20,7 @@ class TokenClassification:
     peft_type = "TOKEN_CLS"
     auto_class = "AutoModelForTokenClassification"
     has_probe = True
+    softens_head = True
     writes_answers = False
 
     def head_settings(self, label_names: Sequence[str]) -> dict[str, Any]:
