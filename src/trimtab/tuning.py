@@ -53,7 +53,7 @@ from trimtab.tasks.heads import backbone_of, final_linear
 from trimtab.tasks.preference import Preference, log_probabilities, refer_to
 
 # Chosen by trying on two models (docs/decisions.md, 96).
-_HEAD_TEMPERATURE = 10.0
+_HEAD_TEMPERATURE = 5.0
 
 
 def tune(
