@@ -46,6 +46,7 @@ def test_the_head_starts_at_the_linear_probe_and_goes_on_less_sure(family, model
 @pytest.mark.parametrize(("task", "method", "is_softened"), [
     ("classification", "lora", True),
     ("classification", "linear_probe", False),
+    ("classification", "trainable_tokens", False),
     ("multilabel", "lora", True),
     ("regression", "lora", False),
     ("token_classification", "lora", True),

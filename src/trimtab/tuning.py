@@ -299,7 +299,7 @@ def run_loop(
         progress.advance(state.step, len(plan), "steps", **shown)
 
     def before_first_step() -> None:
-        if scorer.task.softens_head and not get_method(study.method).trains_head_only:
+        if scorer.task.softens_head and get_method(study.method).softens_head:
             soften_head(scorer.base.model, _HEAD_TEMPERATURE)
 
     settings = LoopSettings(

@@ -32,6 +32,7 @@ class Method:
     `learning_rate` works without being asked on 6 layers of 384 (docs/methods.md shows what each learnt).
     `settings` maps a study's fields to the config's; `options` are the config's fields where peft's own
     defaults do not serve. `rates` gives a parameter's factor of the learning rate, by its name.
+    `softens_head`: training goes on from a softer head (docs/decisions.md, 96); not where the features move little.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     size: SizeRule | None = None
     starts_at_base: bool = True
     rates: Callable[[str], float] | None = None
+    softens_head: bool = True
     refused_bits: tuple[str, ...] = ()  # quantised bases that it cannot train on
     trains_head_only: bool = False
     set_by_training: tuple[str, ...] = ()  # options that follow from the number of steps
@@ -108,7 +110,7 @@ _ROWS = (
            size=SizeRule("r", lambda r, inputs, outputs: r <= inputs)),
     Method("randlora", "RandLoRA, sums of random matrices (Albert et al. 2025)", "RANDLORA", 2e-3, settings=_RANK),
     Method("vblora", "VB-LoRA, a shared vector bank (Li et al. 2024)", "VBLORA", 1e-3, settings=_RANK,
-           starts_at_base=False, rates=_vector_bank,
+           starts_at_base=False, rates=_vector_bank, softens_head=False,
            size=SizeRule("vector_length", lambda size, inputs, outputs: inputs % size == outputs % size == 0)),
     Method("c3a", "C3A, circular convolutions (Chen et al. 2025)", "C3A", 2e-2, options={"init_weights": True},
            size=SizeRule("block_size", lambda size, inputs, outputs: inputs % size == outputs % size == 0),
@@ -120,18 +122,19 @@ _ROWS = (
            size=SizeRule("group_size", lambda size, inputs, outputs: size % 2 == 0 and outputs % size == 0)),
     Method("ln_tuning", "LayerNorm tuning (Zhao et al. 2024)", "LN_TUNING", 2e-3, places="norms"),
     Method("trainable_tokens", "trainable tokens (embeddings of the commonest)", "TRAINABLE_TOKENS", 5e-3,
-           places="none"),
+           places="none", softens_head=False),
     Method("prompt_tuning", "prompt tuning (Lester et al. 2021)", "PROMPT_TUNING", 2e-2, places="none",
-           options={"num_virtual_tokens": _VIRTUAL_TOKENS, "prompt_tuning_init": "SAMPLE_VOCAB"}, starts_at_base=False),
+           options={"num_virtual_tokens": _VIRTUAL_TOKENS, "prompt_tuning_init": "SAMPLE_VOCAB"}, starts_at_base=False,
+           softens_head=False),
     Method("p_tuning", "P-tuning (Liu et al. 2021)", "P_TUNING", 1e-3, places="none",
-           options={"num_virtual_tokens": _VIRTUAL_TOKENS}, starts_at_base=False),
+           options={"num_virtual_tokens": _VIRTUAL_TOKENS}, starts_at_base=False, softens_head=False),
     Method("prefix_tuning", "prefix tuning (Li & Liang 2021)", "PREFIX_TUNING", 1e-2, places="none",
-           options={"num_virtual_tokens": _VIRTUAL_TOKENS}, starts_at_base=False),
+           options={"num_virtual_tokens": _VIRTUAL_TOKENS}, starts_at_base=False, softens_head=False),
     Method("adaption_prompt", "LLaMA-Adapter (Zhang et al. 2023)", "ADAPTION_PROMPT", 1e-2, places="none",
-           options={"adapter_len": 10}),
+           options={"adapter_len": 10}, softens_head=False),
     Method("full", "full fine-tuning, no adapter", "", 2e-4, places="none", refused_bits=_ALL_BITS),
     Method("linear_probe", "linear probe, the head alone on a frozen base", "", 3e-3, places="none",
-           refused_bits=_ALL_BITS, trains_head_only=True),
+           refused_bits=_ALL_BITS, trains_head_only=True, softens_head=False),
 )  # fmt: skip
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
