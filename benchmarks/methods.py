@@ -99,6 +99,8 @@ python benchmarks/methods.py
 
 
 _LEGEND = """
+Most go on from a fifth of the probe's logits (docs/decisions.md, 96); those that learnt less so keep all of it.
+
 *Learnt*: some step after the start had the higher accuracy (or, of equals, the lesser loss). The linear probe's
 start is the fitted probe itself; what is trained from there on is the head alone."""
 
