@@ -84,7 +84,7 @@ def tuned(request, tmp_path_factory, model_folder):
 
 def equal(ours, theirs):
     """BERT's head starts at a probe of features that hardly differ here, so it makes much of their last digits."""
-    return float((ours - theirs).abs().max()) <= 3e-5 * max(1.0, float(theirs.abs().max()))
+    return float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, float(theirs.abs().max()))
 
 
 def test_from_pretrained_of_the_adapter_folder(tuned):
