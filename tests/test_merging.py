@@ -39,7 +39,7 @@ print(json.dumps([model.config.id2label[place] for place in logits.argmax(-1).to
 
 def tune(folder, model, **settings):
     return run_here(build_study(
-        {"model": str(model), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 2,
+        {"model": str(model), "train_data": str(write_reviews(folder / "reviews.csv")), "num_train_epochs": 8,
          "tokens_per_batch": 256, "max_length_tokens": 32, "learning_rate": 5e-3, "out": str(folder / "run")} | settings
     ))  # fmt: skip
 
@@ -48,7 +48,9 @@ def tune(folder, model, **settings):
 def finished(tmp_path_factory, model_folder):
     folder = tmp_path_factory.mktemp("merge")
     tune(folder, model_folder("llama"))
-    return RunFolder(folder / "run")
+    run = RunFolder(folder / "run")
+    assert read_json(run.trial("lora", 0).training)["best_step"] > 0  # else there is nothing to merge
+    return run
 
 
 def test_plain_transformers_gives_the_same_predictions(finished, tmp_path):
