@@ -57,11 +57,11 @@ def test_only_outputs_that_are_logits_are_softened(task, method, is_softened, mo
     Tiny BERT's features hardly differ, so that a probe of two classes makes much of their last digits.
     """
     if task == "classification":
-        data = write_reviews(tmp_path / "rows.csv", 120)
+        family, data = "llama", write_reviews(tmp_path / "rows.csv", 120)
     else:
-        data = write_rows(tmp_path / "rows.jsonl", labelled_rows(task, 120))
+        family, data = "bert", write_rows(tmp_path / "rows.jsonl", labelled_rows(task, 120))
     run_here(build_study(
-        {"model": str(model_folder("llama" if task == "classification" else "bert")), "train_data": str(data), "task": task, "method": method,
+        {"model": str(model_folder(family)), "train_data": str(data), "task": task, "method": method,
          "num_train_epochs": 1, "learning_rate": 1e-12, "max_length_tokens": 32, "out": str(tmp_path / "run")}
     ))  # fmt: skip
     history = read_jsonl(RunFolder(tmp_path / "run").trial(method, 0).history)
