@@ -99,20 +99,24 @@ def measure_throughput(model: str, work: str, turns: int, names: Sequence[str], 
 
 
 def measure_learning(
-    model: str, contenders: Sequence[str], seeds: list[int], train_rows: int, validation_rows: int, epochs: int
+    model: str, ours: dict[str, tuple[str, int]], seeds: list[int], counts: dict[str, int]
 ) -> dict[str, Any]:
     """Wall time to the grouped peer's final validation accuracy, and test accuracies, paired.
 
     The peer's clock runs over its steps alone; ours is told with its validations and, as the peer's, without.
+
+    Args:
+        ours: name -> contender and its epochs.
+        counts: rows of train and validation, and the peer's epochs.
     """
     runs = []
-    predicted: dict[str, list[int]] = {name: [] for name in ("grouped", *contenders)}
+    contenders = {"grouped": ("grouped", counts["epochs"]), **ours}
+    predicted: dict[str, list[int]] = {name: [] for name in contenders}
     labels: list[int] = []
     for seed in seeds:
         found = {}
-        for name in predicted:
-            worker = Worker(name, "learn", model, seed=seed, train_rows=train_rows, validation_rows=validation_rows,
-                            epochs=epochs)  # fmt: skip
+        for name, (contender, epochs) in contenders.items():
+            worker = Worker(contender, "learn", model, seed=seed, **(counts | {"epochs": epochs}))
             found[name] = worker.read()
             worker.stop()
             predicted[name] += found[name]["predicted"]
@@ -122,17 +126,14 @@ def measure_learning(
         for name, one in found.items():
             right = np.mean(np.array(one["labels"]) == one["predicted"])
             run[name] = {"test_accuracy": float(right), "seconds": one["seconds"], "validation": one["validation"]}
-            if name in contenders:
+            if name in ours:
                 run[name] |= _time_to(target, one["validation"], run["peer_seconds"])
         print(f"  {json.dumps(run)}", flush=True)
         runs.append(run)
     ids = [str(number) for number in range(len(labels))]
     systems = {name: _as_predictions(ids, np.array(labels), said) for name, said in predicted.items()}
-    contrasts = {
-        name: compare_two(systems["grouped"], systems[name], ("peer", name))["contrasts"][0] for name in contenders
-    }
-    counts = {"train_rows": train_rows, "validation_rows": validation_rows, "epochs": epochs}
-    means = {name: _mean_time(runs, name) for name in contenders}
+    contrasts = {name: compare_two(systems["grouped"], systems[name], ("peer", name))["contrasts"][0] for name in ours}
+    means = {name: _mean_time(runs, name) for name in ours}
     return {**counts, "runs": runs, "means": means, "contrasts": contrasts}
 
 
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=2000, help="of the runs that learn")
     parser.add_argument("--validation-rows", type=int, default=2000, help="of the runs that learn")
     parser.add_argument("--epochs", type=int, default=2, help="of the runs that learn")
+    parser.add_argument("--our-epochs", nargs="+", type=int, help="of Trimtab's runs that learn, if not the peer's")
     parser.add_argument("--contenders", nargs="+", choices=OURS, default=OURS, help="that learn beside the peer")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -223,8 +225,13 @@ def main() -> None:
             upper = {**about, **measure_upper_half(model, arguments.train_rows)}
             (RESULTS / f"upper-half-{name}.json").write_text(json.dumps(upper, indent=1) + "\n")
         if arguments.only in (None, "learning"):
-            sizes = (arguments.train_rows, arguments.validation_rows, arguments.epochs)
-            learnt = {**about, **measure_learning(model, arguments.contenders, arguments.seeds, *sizes)}
+            counts = {count: getattr(arguments, count) for count in ("train_rows", "validation_rows", "epochs")}
+            ours = {
+                one if epochs == arguments.epochs else f"{one}, {epochs} epoch": (one, epochs)
+                for one in arguments.contenders
+                for epochs in arguments.our_epochs or [arguments.epochs]
+            }
+            learnt = {**about, **measure_learning(model, ours, arguments.seeds, counts)}
             file = f"learning-{name}-{arguments.train_rows}x{arguments.epochs}-{arguments.validation_rows}.json"
             (RESULTS / file).write_text(json.dumps(learnt, indent=1) + "\n")
             print(f"  {model}: {json.dumps(learnt['contrasts'])}", flush=True)

@@ -23,13 +23,21 @@ TEXTS = ["a joy to watch", "a dull mess number 4", "the best film of the year tr
 
 
 class Tuned(NamedTuple):
-    """An adapter of a run, another one of the same base, and how to load them with transformers alone."""
+    """An adapter of a run, another one of the same base, and how to load them with transformers alone.
+
+    `tolerance` is of the largest logit: BERT's head starts at a probe of features that hardly differ here, so it makes
+    much of their last digits.
+    """
 
     folder: Any
     other: Any
     base: Any
     auto: Any
     labels: dict[str, int]
+    tolerance: float
+
+    def equal(self, ours, theirs):
+        return float((ours - theirs).abs().max()) <= self.tolerance * max(1.0, float(theirs.abs().max()))
 
     def load(self, path):
         model = self.auto.from_pretrained(path, **self.labels).eval()
@@ -79,25 +87,21 @@ def tuned(request, tmp_path_factory, model_folder):
     save_file(weights, other / "adapter_model.safetensors", metadata={"format": "pt"})
     write_facts(other, read_json(other / "trimtab.json"))
     auto = AutoModelForSequenceClassification if is_labels else AutoModelForCausalLM
-    return Tuned(adapter, other, base, auto, {"num_labels": 3} if is_labels else {})
-
-
-def equal(ours, theirs):
-    """BERT's head starts at a probe of features that hardly differ here, so it makes much of their last digits."""
-    return float((ours - theirs).abs().max()) <= 1e-4 * max(1.0, float(theirs.abs().max()))
+    return Tuned(adapter, other, base, auto, {"num_labels": 3} if is_labels else {},
+                 1e-4 if request.param == "bert" else 3e-5)  # fmt: skip
 
 
 def test_from_pretrained_of_the_adapter_folder(tuned):
     found = tuned.logits(tuned.load(tuned.folder))
     assert found.shape[1] == (3 if tuned.labels else 120)
-    assert equal(found, tuned.trimtabs(tuned.folder))
+    assert tuned.equal(found, tuned.trimtabs(tuned.folder))
     assert not torch.allclose(found, tuned.logits(tuned.load(tuned.base)), atol=1e-2)
 
 
 def test_load_adapter_on_the_base(tuned):
     model = tuned.load(tuned.base)
     model.load_adapter(tuned.folder)
-    assert equal(tuned.logits(model), tuned.trimtabs(tuned.folder))
+    assert tuned.equal(tuned.logits(model), tuned.trimtabs(tuned.folder))
 
 
 def test_set_adapter_among_two(tuned):
@@ -107,7 +111,7 @@ def test_set_adapter_among_two(tuned):
     for name, folder in (("tuned", tuned.folder), ("other", tuned.other), ("tuned", tuned.folder)):
         model.set_adapter(name)
         assert model.active_adapters() == [name]
-        assert equal(tuned.logits(model), tuned.trimtabs(folder))
+        assert tuned.equal(tuned.logits(model), tuned.trimtabs(folder))
     assert not torch.allclose(tuned.trimtabs(tuned.folder), tuned.trimtabs(tuned.other), atol=1e-2)
 
 
@@ -122,4 +126,4 @@ def test_disable_adapters_and_enable_them(tuned):
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.enable_adapters(True)
-    assert equal(tuned.logits(model), tuned.trimtabs(tuned.folder))
+    assert tuned.equal(tuned.logits(model), tuned.trimtabs(tuned.folder))

@@ -8,6 +8,7 @@ from sklearn.preprocessing import StandardScaler
 
 from trimtab.data import Row
 from trimtab.evaluation.baselines import constant_outputs, fit_linear_probe, tfidf_outputs, word_tag_outputs
+from trimtab.evaluation.linear_models import LINEAR_MODELS, best_fit
 
 
 def make_features(classes, seed=0):
@@ -50,6 +51,27 @@ def test_probes_of_labels_and_values_are_scikit_learns():
     probe = fit_linear_probe("regression", features[:300], values[:300], features[300:], values[300:], True)
     model = Ridge(alpha=1 / probe.strength).fit(scaled, values[:300])
     np.testing.assert_allclose(probe.outputs(features[300:])[:, 0].numpy(), model.predict(held_out), atol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_the_least_loss_is_kept_and_what_is_freer_is_not_tried(task):
+    features, labels = make_features(3)
+    features = np.concatenate([features.double().numpy(), np.random.default_rng(1).normal(size=(400, 60))], axis=1)
+    labels = {"classification": labels, "multilabel": np.eye(3)[labels], "regression": labels * 1.0}[task]
+    model, tried = LINEAR_MODELS[task], []
+
+    def fit(*arguments):
+        tried.append(model.fit(*arguments))
+        return tried[-1]
+
+    strengths = [10.0**power for power in range(-6, 5)]
+    held_out = (features[80:], labels[80:])
+    best = best_fit(model._replace(fit=fit), features[:80], labels[:80], *held_out, strengths)
+    losses = [model.loss(one.outputs(held_out[0]), held_out[1]) for one in tried]
+    assert best is tried[-2]
+    assert losses[-1] > losses[-2] == min(losses)
+    assert [one.strength for one in tried] == strengths[: len(tried)]
+    assert 2 < len(tried) < len(strengths)
 
 
 def test_a_class_that_train_lacks_is_never_given():

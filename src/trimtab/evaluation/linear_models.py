@@ -49,10 +49,10 @@ def best_fit(
     fit_intercept: bool = True,
     class_weight: str | None = None,
 ) -> Fit:
-    """The fit with the least validation loss.
+    """The fit with the least validation loss; once that falls no more, freer ones, slower to fit, are not tried.
 
     Args:
-        strengths: inverse regularisation strengths to try.
+        strengths: inverse regularisation strengths, rising.
         class_weight: scikit-learn's word for it, where the task has classes.
     """
     from sklearn.exceptions import ConvergenceWarning
@@ -63,8 +63,9 @@ def best_fit(
         for strength in strengths:
             fit = model.fit(features, labels, strength, fit_intercept, class_weight)
             loss = model.loss(fit.outputs(held_out), held_out_labels)
-            if best is None or loss < best[0]:
-                best = (loss, fit)
+            if best is not None and loss >= best[0]:
+                break
+            best = (loss, fit)
     assert best is not None
     return best[1]
 
