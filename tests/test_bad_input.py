@@ -58,13 +58,14 @@ GOOD = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(40)]
         ("one.jsonl", lines(*({"text": f"t{i}", "label": "a"} for i in range(9))), r"holds one class only \('a'\)"),
         ("classes.jsonl", lines(*({"text": f"t{i}", "label": i} for i in range(9))), r"9 classes in 9 rows"),
         ("blank.jsonl", lines(*GOOD, {"text": "  ", "label": "a"}), r"blank\.jsonl:41: no text in column 'text'"),
+        ("nobody.jsonl", lines({"text": "z", "label": "a", "author": None}, *GOOD), r"nobody\.jsonl:1: no group in column 'author'; fill it"),
         ("rare.jsonl", lines(*GOOD, {"text": "z", "label": "rare"}), r"too few rows of the rarest class \(1\) to cut a test split"),
     ],
 )  # fmt: skip
 def test_faulty_files(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError, match=message):
-        check(tmp_path, train_data=path)
+        check(tmp_path, train_data=path, group_column="author" if "author" in message else None)
     assert not (tmp_path / "run").exists()
 
 
@@ -73,6 +74,11 @@ def test_missing_file_and_unknown_format(tmp_path):
         check(tmp_path, train_data=str(tmp_path / "gone.csv"))
     with pytest.raises(SourceError, match=r"notes\.docx: format not known by its name; use \.csv"):
         check(tmp_path, train_data=write(tmp_path / "notes.docx", "x"))
+    for name in ("wikimedia/wikipedia:20231101.en", "owner/name@v1.0"):
+        with pytest.raises(
+            SourceError, match=f"data '{name}' is neither a file or folder here nor to be had from the Hub"
+        ):
+            check(tmp_path, train_data=name)
 
 
 def test_named_column_is_missing(tmp_path, reviews):
@@ -211,6 +217,17 @@ def test_run_folder_with_another_study(tmp_path, reviews, model_folder):
         check(tmp_path, model, out=str(reviews))
 
 
+def test_overwriting_a_run_leaves_what_is_not_of_a_run(tmp_path):
+    run = RunFolder(tmp_path)
+    for path in (run.study, run.comparison, run.trial("lora", 0).predictions, run.baseline("majority-class").metrics):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("model: another\n")
+    write(tmp_path / "train.csv", "precious")
+    run.claim("model: new\n", overwrite=True)
+    assert run.study.read_text() == "model: new\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"study.yaml", "train.csv"}
+
+
 def test_no_space_left(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
@@ -233,6 +250,9 @@ def test_the_command_exits_with_2_and_one_line(tmp_path, reviews):
     done = run_trimtab("run", "--lerning-rate", "1")
     assert done.returncode == 2
     assert "--learning-rate" in done.stderr
+    done = run_trimtab("run", "--train-data", reviews, "--method-options", "r=[1")
+    assert done.returncode == 2
+    assert "method_options: r=[1 is not YAML" in done.stderr
     done = run_trimtab("compare", reviews, tmp_path / "gone.jsonl")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

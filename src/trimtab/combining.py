@@ -77,7 +77,8 @@ def combine_adapters(
         listener.stage(f"Scoring {name} on {len(rows)} test rows")
         loaded.switch(name)
         _, predictions[name] = judge(loaded, rows, encoded, listener)
-    found = compare_with(predictions, _RESULT)
+    groups = [row.group for row in rows if row.group is not None]
+    found = compare_with(predictions, _RESULT, groups=groups if len(groups) == len(rows) else None)
     metric = found["primary_metric"]
     value = found["systems"][-1]["metrics"][metric]["value"]
     loaded.save(out, score={"metric": metric, "value": value, "test_rows": len(rows)})

@@ -149,16 +149,14 @@ def show_comparison(comparison: dict[str, Any], folder: Path) -> None:
 
 def _contrast_line(found: dict[str, Any], titles: dict[str, str]) -> str:
     style = _VERDICT_STYLES[found["verdict"]]
-    unit, points = (100, " points") if found["metric"] in PERCENTAGES else (1, "")
+    unit, points, form = (100, " points", ".2f") if found["metric"] in PERCENTAGES else (1, "", ".3g")
+    detectable = format(found["minimum_detectable_difference"] * unit, ".1f" if points else ".3g")
     return (
         f"{titles.get(found['system'], found['system'])} against {titles.get(found['against'], found['against'])}: "
-        f"{found['difference'] * unit:+.2f}{points} \\[{found['low'] * unit:+.2f}, {found['high'] * unit:+.2f}], "
+        f"{found['difference'] * unit:+{form}}{points} "
+        f"\\[{found['low'] * unit:+{form}}, {found['high'] * unit:+{form}}], "
         f"p {found['p_adjusted']:.2g}: [{style}]{found['verdict']}[/{style}]"
-        + (
-            f" (this test set could have shown {found['minimum_detectable_difference'] * unit:.1f}{points})"
-            if found["verdict"] == "inconclusive"
-            else ""
-        )
+        + (f" (this test set could have shown {detectable}{points})" if found["verdict"] == "inconclusive" else "")
     )
 
 

@@ -35,29 +35,30 @@ class RunFolder:
         self.comparison = path / "comparison.json"
         self.report_html = path / "report.html"
         self.report_markdown = path / "report.md"
+        self.baselines, self.all_trials = path / "baselines", path / "trials"
 
     @classmethod
     def around(cls, adapter: Path) -> RunFolder | None:
         """The run that an adapter folder is a trial of; None where it lies in none."""
         place = adapter.absolute()
         run = cls(place.parent.parent.parent)
-        is_trial = run.study.is_file() and TrialFolder(run.path / "trials" / place.parent.name).adapter == place
+        is_trial = run.study.is_file() and TrialFolder(run.all_trials / place.parent.name).adapter == place
         return run if is_trial else None
 
     def baseline(self, system: str) -> SystemFolder:
-        return SystemFolder(self.path / "baselines" / system)
+        return SystemFolder(self.baselines / system)
 
     def trial(self, method: str, seed: int) -> TrialFolder:
-        return TrialFolder(self.path / "trials" / f"{method}-s{seed}")
+        return TrialFolder(self.all_trials / f"{method}-s{seed}")
 
     def trials(self) -> list[TrialFolder]:
         """Trials that hold a finished adapter."""
-        folders = sorted((self.path / "trials").glob("*"))
+        folders = sorted(self.all_trials.glob("*"))
         return [TrialFolder(folder) for folder in folders if (folder / "adapter").is_dir()]
 
     def systems(self) -> list[SystemFolder]:
         """Every scored system, baselines first."""
-        folders = sorted((self.path / "baselines").glob("*")) + sorted((self.path / "trials").glob("*"))
+        folders = sorted(self.baselines.glob("*")) + sorted(self.all_trials.glob("*"))
         return [system for system in map(SystemFolder, folders) if system.is_scored]
 
     def check_free(self, study_yaml: str, overwrite: bool = False) -> None:
@@ -88,17 +89,30 @@ class RunFolder:
     def claim(self, study_yaml: str, overwrite: bool = False) -> None:
         """Make the folder this study's, or go on in it where the same study began.
 
+        Args:
+            overwrite: begin anew: what a run writes is removed, other files stay.
+
         Raises:
             RunFolderError: as `check_free`.
             StorageError: it cannot be written.
         """
         self.check_free(study_yaml, overwrite)
         if overwrite and self.study.is_file():
-            shutil.rmtree(self.path)
+            with _storage_errors(self.path):
+                self._remove_run()
         if not self.study.is_file():
             with _storage_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.study, study_yaml)
+
+    def _remove_run(self) -> None:
+        for name in reversed(vars(self).values()):  # the study last: with it the folder is known as a run
+            if name == self.path:
+                continue
+            if name.is_dir():
+                shutil.rmtree(name)
+            else:
+                name.unlink(missing_ok=True)
 
 
 class SystemFolder:

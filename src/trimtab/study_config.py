@@ -6,6 +6,7 @@ keeps them resolved. What a setting does lives where it is used.
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,11 @@ Task = Literal["classification", "multilabel", "regression", "token_classificati
                "preference"]  # fmt: skip
 Quantize = Literal["none", "8bit", "4bit"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "auto"]
+
+# What a run folder's name leaves out of a data file's.
+_DATA_SUFFIX = re.compile(
+    r"\.(csv|tsv|tab|jsonl|ndjson|json|parquet|conll|iob2?|bio)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE
+)
 
 
 class StudyConfig(BaseModel):
@@ -35,11 +41,13 @@ class StudyConfig(BaseModel):
     )
     train_data: str = Field(
         "starter:rotten-tomatoes",
-        description="Training rows: CSV, TSV, JSONL or Parquet (plain or compressed), a datasets folder, "
+        description="Training rows: CSV, TSV or JSONL (plain or compressed), Parquet, a datasets folder, "
         "a Hub id (name or name:config), or starter:NAME.",
     )
-    validation_data: str | None = Field(None, description="Validation rows; cut from train if missing.")
-    test_data: str | None = Field(None, description="Test rows; cut from train if missing.")
+    validation_data: str | None = Field(
+        None, description="Validation rows; if missing, a tenth of train (a fifth of few texts)."
+    )
+    test_data: str | None = Field(None, description="Test rows; if missing, a tenth of train (a fifth of few texts).")
     text_column: str | None = Field(None, description="Column with the text; found by name if missing.")
     text_pair_column: str | None = Field(
         None,
@@ -162,8 +170,8 @@ class StudyConfig(BaseModel):
 
     def default_name(self) -> str:
         parts = (self.model, self.train_data, self.method)
-        stems = (part.removeprefix("starter:").rstrip("/").split("/")[-1].split(".")[0] for part in parts)
-        return "-".join(stem.replace(":", "-") for stem in stems)
+        ends = (part.removeprefix("starter:").rstrip("/").split("/")[-1] for part in parts)
+        return "-".join(_DATA_SUFFIX.sub("", end).replace(":", "-") for end in ends)
 
     @property
     def run_folder(self) -> Path:

@@ -14,7 +14,7 @@ from samples import run_here, tiny_config, write_reviews
 from trimtab.errors import AdapterError, StudyError
 from trimtab.methods import attach_adapter
 from trimtab.progress import Silent
-from trimtab.runs import RunFolder, read_json
+from trimtab.runs import RunFolder, read_json, read_jsonl
 from trimtab.study import check_study
 from trimtab.study_config import build_study
 
@@ -189,6 +189,20 @@ def test_a_language_model_learns_to_write_them(language, tmp_path):
     with torch.no_grad():
         asked = plain(**tokenizer("number 4", return_tensors="pt")).logits[0, -1].log_softmax(-1)
     assert float(asked[places].exp().sum()) > 0.3  # they follow every prompt
+
+
+def test_the_base_of_a_whole_model_goes_on_from_them(language, tmp_path):
+    """Its samples come from the base as it was, whose vocabulary is the shorter one."""
+    _, base, _, _ = language
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{NEW[number % 2]} number {number % 10}", "completion": "a joy"} for number in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    study = settings(base, data, task="causal_lm", method="full", out=str(run), learning_rate=1e-3, num_train_epochs=1)
+    assert run_here(build_study(study))["reload"]["passed"]
+    samples = list(read_jsonl(RunFolder(run).trial("full", 0).samples))
+    assert samples
+    assert all(sample["prompt"].startswith(tuple(NEW)) for sample in samples)
 
 
 def test_a_head_with_a_bias_is_refused(tiny_model):

@@ -184,6 +184,20 @@ def test_splits_are_stratified_disjoint_and_seeded(tmp_path):
     assert {row.id for row in limited.test} <= ids[2]
 
 
+def test_a_rare_class_leaves_the_splits_at_a_tenth(tmp_path):
+    rows = [{"text": f"text number {i}", "label": "ab"[i % 2] if i > 3 else "rare"} for i in range(1000)]
+    data, _ = prepare(tmp_path, rows)
+    assert [len(data.test), len(data.validation)] == pytest.approx([100, 90], abs=2)
+    assert "rare" in {data.label_names[row.label] for row in data.train}
+
+
+def test_few_rows_of_many_groups_can_be_cut(tmp_path):
+    rows = [{"text": f"text number {i}", "label": "ab"[i % 2], "author": f"a{i}"} for i in range(16)]
+    data, _ = prepare(tmp_path, rows, group_column="author")
+    assert sum(map(len, (data.train, data.validation, data.test))) == 16
+    assert len(data.test) in (2, 3)
+
+
 def test_groups_stay_in_one_split(tmp_path):
     rows = [{"text": f"text {i}", "label": "ab"[i % 2], "film": f"f{i // 7}"} for i in range(700)]
     data, _ = prepare(tmp_path, rows, group_column="film")

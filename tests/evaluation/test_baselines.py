@@ -23,7 +23,9 @@ def make_features(classes, seed=0):
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_folded_probe_is_the_standardised_regression(classes, has_bias):
     features, labels = make_features(classes)
-    probe = fit_linear_probe("classification", features[:300], labels[:300], features[300:], labels[300:], has_bias)
+    probe = fit_linear_probe(
+        "classification", features[:300], labels[:300], classes, features[300:], labels[300:], has_bias
+    )
     assert (probe.bias is not None) == has_bias
     assert probe.weight.is_contiguous()
     scaler = StandardScaler(with_mean=has_bias).fit(features[:300].double().numpy())
@@ -41,14 +43,14 @@ def test_probes_of_labels_and_values_are_scikit_learns():
     scaler = StandardScaler().fit(features[:300].double().numpy())
     held_out = scaler.transform(features[300:].double().numpy())
     marks = np.eye(4)[labels]  # the fourth label never applies
-    probe = fit_linear_probe("multilabel", features[:300], marks[:300], features[300:], marks[300:], True)
+    probe = fit_linear_probe("multilabel", features[:300], marks[:300], 4, features[300:], marks[300:], True)
     said = probe.outputs(features[300:]).sigmoid().numpy()
     for column in range(3):
         model = LogisticRegression(C=probe.strength, max_iter=500).fit(scaled, marks[:300, column])
         np.testing.assert_allclose(said[:, column], model.predict_proba(held_out)[:, 1], atol=1e-4)
     assert said[:, 3].max() < 0.01
     values = labels * 2.5 + 10.0
-    probe = fit_linear_probe("regression", features[:300], values[:300], features[300:], values[300:], True)
+    probe = fit_linear_probe("regression", features[:300], values[:300], 1, features[300:], values[300:], True)
     model = Ridge(alpha=1 / probe.strength).fit(scaled, values[:300])
     np.testing.assert_allclose(probe.outputs(features[300:])[:, 0].numpy(), model.predict(held_out), atol=1e-3)
 
@@ -58,6 +60,7 @@ def test_the_least_loss_is_kept_and_what_is_freer_is_not_tried(task):
     features, labels = make_features(3)
     features = np.concatenate([features.double().numpy(), np.random.default_rng(1).normal(size=(400, 60))], axis=1)
     labels = {"classification": labels, "multilabel": np.eye(3)[labels], "regression": labels * 1.0}[task]
+    columns = 1 if task == "regression" else 3
     model, tried = LINEAR_MODELS[task], []
 
     def fit(*arguments):
@@ -66,7 +69,7 @@ def test_the_least_loss_is_kept_and_what_is_freer_is_not_tried(task):
 
     strengths = [10.0**power for power in range(-6, 5)]
     held_out = (features[80:], labels[80:])
-    best = best_fit(model._replace(fit=fit), features[:80], labels[:80], *held_out, strengths)
+    best = best_fit(model._replace(fit=fit), features[:80], labels[:80], columns, *held_out, strengths)
     losses = [model.loss(one.outputs(held_out[0]), held_out[1]) for one in tried]
     assert best is tried[-2]
     assert losses[-1] > losses[-2] == min(losses)
@@ -77,8 +80,10 @@ def test_the_least_loss_is_kept_and_what_is_freer_is_not_tried(task):
 def test_a_class_that_train_lacks_is_never_given():
     features, labels = make_features(3)
     labels = np.where(labels == 1, 3, labels)
-    probe = fit_linear_probe("token_classification", features[:300], labels[:300], features[300:], labels[300:], True)
-    assert probe.weight.shape == (4, 12)
+    probe = fit_linear_probe(
+        "token_classification", features[:300], labels[:300], 5, features[300:], labels[300:], True
+    )
+    assert probe.weight.shape == (5, 12)
     assert set(probe.outputs(features).argmax(-1).tolist()) == {0, 2, 3}
 
 
@@ -92,7 +97,7 @@ def test_constants_and_tfidf():
     np.testing.assert_allclose(constant_outputs("multilabel", marks, 1, 2).sigmoid().numpy(), [[0.75, 0.25]])
     np.testing.assert_allclose(constant_outputs("regression", np.array([1.0, 2.0, 6.0]), 1, 1).numpy(), [[3.0]])
     test = [Row("y", "a fine day", None, 0, None)]
-    predicted = tfidf_outputs("classification", (train, train[:6], test), labels, labels[:6])
+    predicted = tfidf_outputs("classification", (train, train[:6], test), labels, labels[:6], 2)
     assert predicted.argmax() == 0
 
 

@@ -1,16 +1,19 @@
 """Metrics are scikit-learn's; tests err as often as they say; intervals cover as often as they say."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from trimtab.data import Row, write_rows
 from trimtab.errors import DataError
 from trimtab.evaluation.class_predictions import ClassPredictions
 from trimtab.evaluation.comparison import compare_systems, compare_two, contrast, settle
-from trimtab.evaluation.prediction_files import read_predictions
+from trimtab.evaluation.prediction_files import read_groups, read_predictions
 from trimtab.evaluation.predictions import compute_metrics
+from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.evaluation.statistics import (
     bootstrap_metrics,
     bootstrap_p_value,
@@ -21,6 +24,7 @@ from trimtab.evaluation.statistics import (
     wilson_interval,
 )
 from trimtab.evaluation.token_predictions import TokenPredictions
+from trimtab.runs import RunFolder
 
 
 def make_predictions(rows=300, classes=3, skill=2.0, seed=0, labels=None, names=None):
@@ -200,6 +204,37 @@ def test_predictions_survive_the_file_and_refuse_other_rows(tmp_path):
         DataError, match=r"one and two are not about the same rows \(20 and 19; 1 ids stand in one only\)"
     ):
         compare_two(predictions, other, ("one", "two"))
+    doubtful = dataclasses.replace(predictions, labels=1 - predictions.labels)
+    with pytest.raises(DataError, match="one and two disagree on the labels of the same rows"):
+        compare_two(predictions, doubtful, ("one", "two"))
+    gaps = np.full((2, 2), np.nan)
+    without = PreferencePredictions(["a", "b"], np.array([1.0, -1.0]), gaps[0], gaps)
+    with pytest.raises(DataError, match="longer has no loss: it gives no probabilities; choose another --metric"):
+        compare_two(without, without, ("longer", "nearer"), "loss")
     (tmp_path / "bad.jsonl").write_text('{"id": 1, "label": "c0"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:1: needs id, label and probabilities"):
         read_predictions(tmp_path / "bad.jsonl")
+
+
+def test_a_comparison_of_files_of_a_run_draws_its_groups_together(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.claim("model: any\n")
+    labels = np.repeat([0, 1], 60)
+    sure = make_predictions(120, 2, 9.0, labels=labels)
+    doubtful = dataclasses.replace(sure, probabilities=sure.probabilities.copy())
+    doubtful.probabilities[:30] = [0.1, 0.9]  # three whole groups of ten
+    file = run.baseline("linear-probe").predictions
+    doubtful.write(file)
+    assert read_groups(file, doubtful) is None
+    rows = [Row(name, "text", label=int(label)) for name, label in zip(sure.ids, labels, strict=True)]
+    write_rows(run.test_rows, rows)
+    assert read_groups(file, doubtful) is None
+    write_rows(run.test_rows, [dataclasses.replace(row, group=f"g{n // 10}") for n, row in enumerate(rows)])
+    groups = read_groups(file, doubtful)
+    assert groups == [f"g{n // 10}" for n in range(120)]
+    by_row, by_group = (
+        compare_two(doubtful, sure, ("probe", "tuned"), "f1", drawn)["contrasts"][0] for drawn in (None, groups)
+    )
+    assert by_row["difference"] == by_group["difference"] > 0.2
+    assert by_group["high"] - by_group["low"] > 2 * (by_row["high"] - by_row["low"])
+    assert by_group["p_value"] > by_row["p_value"]

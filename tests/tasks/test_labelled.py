@@ -9,7 +9,7 @@ from sklearn import metrics as reference
 from samples import LABELLED_WORDS, Notes, labelled_rows, run_here, run_trimtab, save_tiny_model, write_rows
 from trimtab.adapters import load_adapter
 from trimtab.data import Row, prepare_data
-from trimtab.errors import DataError
+from trimtab.errors import DataError, RowError
 from trimtab.evaluation.multilabel_predictions import MultilabelPredictions
 from trimtab.evaluation.prediction_files import read_predictions
 from trimtab.evaluation.predictions import compute_metrics
@@ -115,6 +115,7 @@ def test_words_without_entities_are_judged_by_accuracy():
 
 
 def test_a_word_is_read_at_its_first_token(tmp_path):
+    from tokenizers.normalizers import BertNormalizer
     from transformers import AutoTokenizer
 
     folder = save_tiny_model("bert", tmp_path / "bert")
@@ -128,6 +129,10 @@ def test_a_word_is_read_at_its_first_token(tmp_path):
     assert short.examples[0].positions == [1, 2]
     assert short.examples[0].labels == [0, 1]
     assert short.truncated == 1
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer(lowercase=False)  # drops signs that only direct
+    unseen = Row("7", "number \u200e film", words=["number", "\u200e", "film"], labels=[0, 1, 0])
+    with pytest.raises(RowError, match=r"row 7: the tokenizer gives no token for word 2, '\\u200e'; remove it"):
+        get_task("token_classification").encode([unseen], tokenizer, None, 32)
 
 
 def test_conll_files_are_read(tmp_path):

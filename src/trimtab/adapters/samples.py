@@ -49,7 +49,9 @@ def sample_answers(rows: Sequence[Row], base: TextPredictions, tuned: TextPredic
 def _continue_with_base(adapter: LoadedAdapter, prompts: Sequence[Sequence[int]], progress: Progress) -> list[str]:
     tokenizer = adapter.scorer.base.tokenizer
     if adapter.is_whole_model:  # its base is gone
-        base = load_base(locate_model(adapter.facts["base"], progress), adapter.scorer.task.auto_class, {}, 0)
+        longer = tokenizer if adapter.facts.get("new_tokens") else None
+        source = locate_model(adapter.facts["base"], progress)
+        base = load_base(source, adapter.scorer.task.auto_class, {}, 0, tokenizer=longer)
         return continue_prompts(base.model, tokenizer, prompts, Sampling(_SAMPLE_TOKENS))
     with adapter.disable():
         return continue_prompts(adapter.peft_model, tokenizer, prompts, Sampling(_SAMPLE_TOKENS))

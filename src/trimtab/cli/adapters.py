@@ -43,7 +43,7 @@ _Quantized = Annotated[
 def predict(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter folder, or a Hub id.")],
     source: Annotated[
-        str, typer.Option("--input", help="Rows as for training, without labels; - for standard input.")
+        str, typer.Option("--input", help="A file of rows as for training, without labels; - for standard input.")
     ] = "-",
     out: Annotated[str, typer.Option(help="File for the predictions; - for standard output.")] = "-",
     output_format: _Format = None,
@@ -68,7 +68,7 @@ def predict(
     """Say what a tuned adapter makes of new rows: labels with probabilities, numbers, tags, or texts.
 
     Rows are read, predicted and written as a stream: a million take no more memory than a thousand, and rows of
-    standard input are answered as they arrive (in int8 or auto from the 512th on, which is what they are tried on).
+    standard input are answered as they arrive (in int8 or auto once 512 are there, some of which these are tried on).
 
     \b
     Examples:

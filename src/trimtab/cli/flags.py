@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import types
 import typing
@@ -93,7 +94,12 @@ def _name_and_value(option: str) -> tuple[str, Any]:
     name, equals, value = option.partition("=")
     if not equals:
         raise StudyError(f"method_options: expected NAME=VALUE; received {option!r}")
-    return name.strip(), yaml.safe_load(value)
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise StudyError(f"method_options: {name.strip()}={value} is not YAML; check brackets and quotes") from None
+    is_number = isinstance(found, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", found, re.IGNORECASE)
+    return name.strip(), float(found) if is_number else found  # YAML reads 1.0e-3, but neither 1e-3 nor 1.0e3
 
 
 def _number(name: str, value: str) -> float:

@@ -108,8 +108,7 @@ def evaluate(
     with make_progress(quiet) as progress:
         for one in trials:
             evaluate_trial(run, one, progress)
-    if not quiet:
-        show_metrics(trials)
+    show_metrics(trials)
 
 
 @app.command()
@@ -127,17 +126,19 @@ def compare(
 ) -> None:
     """Test whether the second system differs from the first, on the same test rows.
 
-    Accuracy is tested by exact McNemar, everything else by the paired bootstrap.
+    Accuracy is tested by exact McNemar, everything else by the paired bootstrap; rows of one group are drawn together.
     """
     from trimtab.console import show_two
     from trimtab.evaluation.comparison import check_metric, compare_two
-    from trimtab.evaluation.prediction_files import read_predictions
+    from trimtab.evaluation.prediction_files import read_groups, read_predictions
 
     if metric is not None:
         check_metric(metric)
     names = _two_names(first, second)
-    predictions = [read_predictions(_predictions_file(path)) for path in (first, second)]
-    found = compare_two(predictions[0], predictions[1], names, metric)
+    files = [_predictions_file(path) for path in (first, second)]
+    one, other = map(read_predictions, files)
+    groups = read_groups(files[0], one) or read_groups(files[1], other)
+    found = compare_two(one, other, names, metric, groups)
     if as_json:
         print(json.dumps(found, indent=1))
     else:

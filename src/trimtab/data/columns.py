@@ -85,4 +85,17 @@ def text_of(table: Table, index: int, column: str) -> str:
 
 
 def group_of(table: Table, index: int, columns: Columns) -> str | None:
-    return None if columns.group is None else str(table.rows[index].get(columns.group))
+    """A row's group, where rows have groups.
+
+    Raises:
+        DataError: this one has none.
+    """
+    if columns.group is None:
+        return None
+    value = table.rows[index].get(columns.group)
+    if value is None or not str(value).strip():
+        raise DataError(
+            f"{table.place(index)}: no group in column {columns.group!r}; fill it (a value of its own where a row "
+            "belongs to no other), or remove the row"
+        )
+    return str(value)

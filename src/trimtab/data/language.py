@@ -25,7 +25,7 @@ class LanguageReader:
         found = messages or (None if text or completion else look_for(table, _MESSAGES_NAMES))
         if found:
             if not messages:
-                progress.note(f"chats in column {found!r} (by its name; --text-column chooses another)")
+                progress.note(f"chats in column {found!r} (by its name; --messages-column chooses another)")
             return Columns(found, group=group, messages=found)
         learnt = completion or (None if text else look_for(table, _COMPLETION_NAMES))
         prompt = text or (look_for(table, PROMPT_NAMES) if learnt else None)

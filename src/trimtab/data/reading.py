@@ -71,7 +71,8 @@ def read_source(source: str, progress: Progress) -> Source:
         return Source(_read_saved_dataset(path) if is_saved else _read_folder(path))
     if path.is_file():
         return Source({"train": read_file(path)})
-    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    is_file_name = _format_of(path) or (path.suffix and "/" not in source)  # owner/name@v1.0 is on the Hub
+    if is_file_name or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise SourceError(f"no data file or folder at {source!r} (looked in {Path.cwd()}); check the path")
     return Source(_tables_of(source, load_hub_data(source)))
 
@@ -85,7 +86,7 @@ def _read_folder(folder: Path) -> dict[str, Table]:
     if "train" not in splits:
         raise SourceError(
             f"{folder} is neither a saved `datasets` folder nor holds a train file "
-            "(train.csv, .tsv, .jsonl or .parquet, plain or compressed)"
+            "(train.csv, .tsv or .jsonl, plain or compressed, or train.parquet)"
         )
     return splits
 

@@ -23,18 +23,23 @@ def cut_split(rows: Sequence[Row], seed: int, what: str, has_labels: bool = True
     Raises:
         DataError: too few rows or groups to cut from.
     """
+    import warnings
+
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     labels = [row.label for row in rows]  # all alike where the task has none
     grouped = rows[0].group is not None
-    units = len({row.group for row in rows}) if grouped else min(Counter(labels).values())
+    counts = Counter(labels).values()
+    units = min(max(counts), len({row.group for row in rows})) if grouped else min(counts)
     if units < 2:
         kind = "groups" if grouped else "rows of the rarest class"
         raise DataError(f"too few {kind} ({units}) to cut a {what} split from train; give --{what}-data, or more rows")
     splitter = StratifiedGroupKFold if grouped else StratifiedKFold
     wanted = _FOLDS if has_labels or len(rows) >= _FEW_TEXTS else _FOLDS_OF_FEW
-    folds = splitter(n_splits=min(wanted, units), shuffle=True, random_state=seed)
-    kept, cut = next(folds.split(labels, labels, [row.group for row in rows] if grouped else None))
+    folds = splitter(n_splits=min(wanted, units if grouped else max(counts)), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():  # that a class has fewer rows than there are folds
+        warnings.simplefilter("ignore", UserWarning)
+        kept, cut = next(folds.split(labels, labels, [row.group for row in rows] if grouped else None))
     return [rows[i] for i in kept], [rows[i] for i in cut]
 
 

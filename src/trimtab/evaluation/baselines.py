@@ -33,6 +33,7 @@ def tfidf_outputs(
     splits: tuple[Sequence[Row], Sequence[Row], Sequence[Row]],
     labels: Any,
     validation_labels: Any,
+    columns: int,
     class_weight: str | None = None,
 ) -> Tensor:
     """[test rows, columns]: a linear model on TF-IDF of words and word pairs, as strong as validation likes.
@@ -47,7 +48,9 @@ def tfidf_outputs(
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
     features, held_out = vectorizer.fit_transform(train), vectorizer.transform(validation)
     model = LINEAR_MODELS[task]
-    fit = best_fit(model, features, labels, held_out, validation_labels, _TFIDF_STRENGTHS, class_weight=class_weight)
+    fit = best_fit(
+        model, features, labels, columns, held_out, validation_labels, _TFIDF_STRENGTHS, class_weight=class_weight
+    )
     return torch.from_numpy(fit.outputs(vectorizer.transform(test)))
 
 
@@ -91,6 +94,7 @@ def fit_linear_probe(
     task: str,
     features: Tensor,
     labels: Any,
+    columns: int,
     held_out: Tensor,
     held_out_labels: Any,
     has_bias: bool,
@@ -103,6 +107,7 @@ def fit_linear_probe(
 
     Args:
         features: [positions, features], with as many labels.
+        columns: outputs of the head.
     """
     from sklearn.preprocessing import StandardScaler
 
@@ -116,6 +121,7 @@ def fit_linear_probe(
         LINEAR_MODELS[task],
         scaler.transform(features.double().numpy()),
         labels,
+        columns,
         scaler.transform(held_out.double().numpy()),
         held_out_labels,
         _PROBE_STRENGTHS,

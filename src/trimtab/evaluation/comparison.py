@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import DataError, suggest
-from trimtab.evaluation.class_predictions import ClassPredictions
 from trimtab.evaluation.prediction_files import KINDS
 from trimtab.evaluation.predictions import LOWER_IS_BETTER, Floats, Predictions, compute_metrics
 from trimtab.evaluation.statistics import (
@@ -21,6 +20,7 @@ from trimtab.evaluation.statistics import (
     minimum_detectable_difference,
     percentile_interval,
 )
+from trimtab.evaluation.token_predictions import TokenPredictions
 
 SIGNIFICANCE = 0.05
 
@@ -45,6 +45,7 @@ def contrast(
     p_value, test = bootstrap_p_value(differences, units), "paired_bootstrap"
     if metric == "accuracy" and isinstance(ours, RIGHT_OR_WRONG) and isinstance(theirs, RIGHT_OR_WRONG):
         p_value, test = mcnemar_exact(ours.correct, theirs.correct), "mcnemar_exact"
+    rows = None if metric in LOWER_IS_BETTER else len(ours.ids)
     return {
         "system": system,
         "against": against,
@@ -54,7 +55,7 @@ def contrast(
         "high": high,
         "p_value": p_value,
         "test": test,
-        "minimum_detectable_difference": minimum_detectable_difference(differences, len(ours.ids)),
+        "minimum_detectable_difference": minimum_detectable_difference(differences, rows),
     }
 
 
@@ -85,14 +86,21 @@ def check_same_rows(first: Predictions, second: Predictions, names: tuple[str, s
     if type(first) is not type(second):
         raise DataError(f"{names[0]} and {names[1]} are predictions of different tasks")
     if not first.agrees_with(second):
-        what = "labels" if isinstance(first, ClassPredictions) else "numbers of tokens"
+        what = "numbers of tokens" if isinstance(first, TokenPredictions) else "labels"
         raise DataError(f"{names[0]} and {names[1]} disagree on the {what} of the same rows")
 
 
 def compare_two(
-    first: Predictions, second: Predictions, names: tuple[str, str], metric: str | None = None
+    first: Predictions,
+    second: Predictions,
+    names: tuple[str, str],
+    metric: str | None = None,
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The second system against the first on one metric (the task's own, if None), with both systems' metrics.
+
+    Args:
+        groups: of each row; rows of one group are drawn together.
 
     Raises:
         DataError: not the same rows, or a metric that such predictions do not have.
@@ -101,11 +109,22 @@ def compare_two(
     metric = metric or first.primary_metric
     if metric not in first.metrics:
         raise DataError(f"these predictions have no {metric}; they have: {', '.join(first.metrics)}")
-    return compare_with({names[0]: first, names[1]: second}, names[1], metric)
+    for name, one in zip(names, (first, second), strict=True):
+        if not np.isfinite(compute_metrics(one)[metric]):
+            raise DataError(f"{name} has no {metric}: it gives no probabilities; choose another --metric")
+    return compare_with({names[0]: first, names[1]: second}, names[1], metric, groups)
 
 
-def compare_with(predictions: Mapping[str, Predictions], system: str, metric: str | None = None) -> dict[str, Any]:
+def compare_with(
+    predictions: Mapping[str, Predictions],
+    system: str,
+    metric: str | None = None,
+    groups: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """One system against each of the others on one metric (the task's own, if None), with the metrics of all.
+
+    Args:
+        groups: of each row; rows of one group are drawn together.
 
     Raises:
         DataError: not the same rows.
@@ -113,15 +132,15 @@ def compare_with(predictions: Mapping[str, Predictions], system: str, metric: st
     mine = predictions[system]
     for name, other in predictions.items():
         check_same_rows(other, mine, (name, system))
-    resampled = bootstrap_metrics(predictions)
-    metric, rows = metric or mine.primary_metric, len(mine.ids)
+    resampled = bootstrap_metrics(predictions, groups)
+    metric, units = metric or mine.primary_metric, len(mine.ids if groups is None else set(groups))
     others = (name for name in predictions if name != system)
     return {
         "version": 1,
         "primary_metric": metric,
-        "systems": [{"name": name, "metrics": metric_intervals(one, resampled[name], rows)}
+        "systems": [{"name": name, "metrics": metric_intervals(one, resampled[name], units)}
                     for name, one in predictions.items()],
-        "contrasts": settle([contrast(system, name, metric, predictions, resampled, rows) for name in others]),
+        "contrasts": settle([contrast(system, name, metric, predictions, resampled, units) for name in others]),
     }  # fmt: skip
 
 

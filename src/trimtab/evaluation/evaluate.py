@@ -101,9 +101,10 @@ def fit_probe(
     scores = scorer.score(train + validation, progress, features=True)
     assert scores.features is not None
     train_features, validation_features = torch.split(scores.features, [len(train.labels), len(validation.labels)])
+    head = final_linear(scorer.base.model)
     probe = fit_linear_probe(
-        scorer.task.name, train_features, train.labels, validation_features, validation.labels,
-        has_bias=final_linear(scorer.base.model).bias is not None, class_weight=class_weight,
+        scorer.task.name, train_features, train.labels, head.out_features, validation_features, validation.labels,
+        has_bias=head.bias is not None, class_weight=class_weight,
     )  # fmt: skip
     return probe, scores
 

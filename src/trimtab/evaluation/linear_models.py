@@ -34,7 +34,7 @@ class Fit(NamedTuple):
 class LinearModel(NamedTuple):
     """How a task's outputs are fitted, judged, and guessed without any features."""
 
-    fit: Callable[..., Fit]  # (features, labels, strength, fit_intercept, class_weight)
+    fit: Callable[..., Fit]  # (features, labels, columns, strength, fit_intercept, class_weight)
     loss: Callable[[Floats, Any], float]
     constant: Callable[[Any, int], Floats]  # (labels, columns) -> [columns]
 
@@ -43,6 +43,7 @@ def best_fit(
     model: LinearModel,
     features: Any,
     labels: Any,
+    columns: int,
     held_out: Any,
     held_out_labels: Any,
     strengths: Sequence[float],
@@ -52,6 +53,7 @@ def best_fit(
     """The fit with the least validation loss; once that falls no more, freer ones, slower to fit, are not tried.
 
     Args:
+        columns: outputs: classes, those that these labels lack among them, or labels, or one value.
         strengths: inverse regularisation strengths, rising.
         class_weight: scikit-learn's word for it, where the task has classes.
     """
@@ -61,7 +63,7 @@ def best_fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for strength in strengths:
-            fit = model.fit(features, labels, strength, fit_intercept, class_weight)
+            fit = model.fit(features, labels, columns, strength, fit_intercept, class_weight)
             loss = model.loss(fit.outputs(held_out), held_out_labels)
             if best is not None and loss >= best[0]:
                 break
@@ -70,7 +72,9 @@ def best_fit(
     return best[1]
 
 
-def _fit_classes(features: Any, labels: Any, strength: float, fit_intercept: bool, class_weight: str | None) -> Fit:
+def _fit_classes(
+    features: Any, labels: Any, columns: int, strength: float, fit_intercept: bool, class_weight: str | None
+) -> Fit:
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=strength, fit_intercept=fit_intercept, max_iter=500, class_weight=class_weight)
@@ -78,19 +82,20 @@ def _fit_classes(features: Any, labels: Any, strength: float, fit_intercept: boo
     weight, bias = model.coef_, model.intercept_
     if len(weight) == 1:  # two classes share one direction
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    classes = int(np.max(labels)) + 1
-    if len(weight) < classes:  # a class that these rows do not have is the least likely
-        whole, shift = np.zeros((classes, weight.shape[1])), np.full(classes, np.log(_SMALLEST))
+    if len(weight) < columns:  # a class that these rows do not have is the least likely
+        whole, shift = np.zeros((columns, weight.shape[1])), np.full(columns, np.log(_SMALLEST))
         whole[model.classes_], shift[model.classes_] = weight, bias
         weight, bias = whole, shift
     return Fit(weight, bias, strength)
 
 
-def _fit_several(features: Any, labels: Any, strength: float, fit_intercept: bool, class_weight: str | None) -> Fit:
+def _fit_several(
+    features: Any, labels: Any, columns: int, strength: float, fit_intercept: bool, class_weight: str | None
+) -> Fit:
     from sklearn.linear_model import LogisticRegression
 
-    weight, bias = np.zeros((labels.shape[1], features.shape[1])), np.zeros(labels.shape[1])
-    for column in range(labels.shape[1]):
+    weight, bias = np.zeros((columns, features.shape[1])), np.zeros(columns)
+    for column in range(columns):
         of_label = labels[:, column] > 0.5
         if of_label.all() or not of_label.any():  # nothing to tell apart
             bias[column] = 10.0 if of_label.all() else -10.0
@@ -100,7 +105,9 @@ def _fit_several(features: Any, labels: Any, strength: float, fit_intercept: boo
     return Fit(weight, bias, strength)
 
 
-def _fit_values(features: Any, labels: Any, strength: float, fit_intercept: bool, class_weight: str | None) -> Fit:
+def _fit_values(
+    features: Any, labels: Any, columns: int, strength: float, fit_intercept: bool, class_weight: str | None
+) -> Fit:
     from sklearn.linear_model import Ridge
 
     model = Ridge(alpha=1.0 / strength, fit_intercept=fit_intercept).fit(features, labels)

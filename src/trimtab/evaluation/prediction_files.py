@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.data import read_rows
 from trimtab.errors import DataError
 from trimtab.evaluation.class_predictions import ClassPredictions, parse_class_predictions
 from trimtab.evaluation.multilabel_predictions import MultilabelPredictions, parse_multilabel_predictions
@@ -15,7 +16,7 @@ from trimtab.evaluation.tag_predictions import TagPredictions, parse_tag_predict
 from trimtab.evaluation.text_predictions import TextPredictions, parse_text_predictions
 from trimtab.evaluation.token_predictions import TokenPredictions, parse_token_predictions
 from trimtab.evaluation.value_predictions import ValuePredictions, parse_value_predictions
-from trimtab.runs import read_jsonl
+from trimtab.runs import RunFolder, read_jsonl
 
 KINDS = (ClassPredictions, MultilabelPredictions, ValuePredictions, TagPredictions, TokenPredictions, TextPredictions,
          PreferencePredictions)  # fmt: skip
@@ -31,6 +32,16 @@ def read_predictions(path: Path) -> Predictions:
     if not lines:
         raise DataError(f"{path}: holds no predictions")
     return _parser_for(lines[0])(lines, path)
+
+
+def read_groups(path: Path, predictions: Predictions) -> list[str] | None:
+    """The group of each row of a `predictions.jsonl` that lies in a run, where its rows have groups."""
+    run = RunFolder(path.resolve().parent.parent.parent)
+    if not (run.study.is_file() and run.test_rows.is_file()):
+        return None
+    groups = {row.id: row.group for row in read_rows(run.test_rows)}
+    found = [group for group in map(groups.get, predictions.ids) if group is not None]
+    return found if len(found) == len(predictions.ids) else None
 
 
 def _parser_for(line: dict[str, Any]) -> Callable[[Sequence[dict[str, Any]], Path], Predictions]:

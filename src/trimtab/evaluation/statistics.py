@@ -127,12 +127,15 @@ def _expansion(units: int) -> float:
     return float(np.sqrt(units / (units - 1)))
 
 
-def minimum_detectable_difference(differences: Floats, rows: int) -> float:
+def minimum_detectable_difference(differences: Floats, rows: int | None) -> float:
     """The difference that this test set would show four times in five, at the 5 % level.
 
-    From the bootstrap's standard error; two systems that never differ get that of one row.
+    From the bootstrap's standard error.
+
+    Args:
+        rows: of which the metric is a share: two systems that never differ get the standard error of one row.
     """
-    return float(_DETECTABLE_STANDARD_ERRORS * max(float(np.std(differences)), 1 / rows))
+    return float(_DETECTABLE_STANDARD_ERRORS * max(float(np.std(differences)), 1 / rows if rows else 0.0))
 
 
 def metric_intervals(

@@ -33,7 +33,7 @@ class TokenClassification:
         examples, truncated = [], 0
         for number, row in enumerate(rows):
             words, labels = row.words or [], row.labels or []
-            places = _first_tokens(encoded[number], words)
+            places = _first_tokens(encoded[number], words, row.id)
             if not places:
                 raise RowError(row.id, f"the tokenizer gives no token for {row.text[:40]!r}; remove the row")
             truncated += len(places) < len(words)
@@ -56,15 +56,21 @@ class TokenClassification:
         return {"loss": loss, "accuracy": float((outputs.argmax(-1) == labels).double().mean()), "score": -loss}
 
 
-def _first_tokens(encoding: Any, words: Sequence[str]) -> list[int]:
-    """The token in which each word begins, up to the first word that was cut off."""
-    places = []
+def _first_tokens(encoding: Any, words: Sequence[str], row_id: str) -> list[int]:
+    """The token in which each word begins, up to the first word that was cut off.
+
+    Raises:
+        RowError: a word has no token, though a later one has.
+    """
+    places: list[int] = []
     start = 0
-    for word in words:
+    for number, word in enumerate(words):
         tokens = (encoding.char_to_token(place) for place in range(start, start + len(word)))
         first = next((token for token in tokens if token is not None), None)
-        if first is None:  # cut off
-            break
-        places.append(first)
+        if first is not None and number > len(places):
+            missing = words[len(places)]
+            raise RowError(row_id, f"the tokenizer gives no token for word {len(places) + 1}, {missing!r}; remove it")
+        if first is not None:
+            places.append(first)
         start += len(word) + 1
     return places

@@ -71,7 +71,7 @@ def _by_tfidf(job: Job, encoded: EncodedSplits) -> Tensor:
     data = job.data
     return tfidf_outputs(
         job.task.name, (data.train, data.validation, data.test), encoded.train.labels, encoded.validation.labels,
-        job.study.class_weight,
+        _columns(job), job.study.class_weight,
     )  # fmt: skip
 
 
