@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.cli.flags import resolve
 from trimtab.study_config import build_study
 
 
@@ -17,3 +18,9 @@ from trimtab.study_config import build_study
 )
 def test_a_run_folder_is_named_by_model_data_and_method(settings, name):
     assert build_study(settings).run_folder == Path("runs") / name
+
+
+def test_method_options_are_read_as_yaml_and_as_numbers_with_exponents():
+    options = ["a=1e-3", "b=1.5E2", "c=[q, v]", "d=true", "e=e5", "f=7"]
+    found = resolve(None, {"method_options": options}).method_options
+    assert found == {"a": 1e-3, "b": 150.0, "c": ["q", "v"], "d": True, "e": "e5", "f": 7}

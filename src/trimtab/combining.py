@@ -11,7 +11,7 @@ from trimtab.adapters import load_adapter
 from trimtab.adapters.files import check_folder
 from trimtab.adapters.judging import encode_beside_base, find_test_rows, judge
 from trimtab.adapters.origin import find_base
-from trimtab.data import Row, read_rows
+from trimtab.data import Row, groups_of, read_rows
 from trimtab.errors import InputError
 from trimtab.evaluation.comparison import compare_with
 from trimtab.evaluation.predictions import Predictions
@@ -77,8 +77,7 @@ def combine_adapters(
         listener.stage(f"Scoring {name} on {len(rows)} test rows")
         loaded.switch(name)
         _, predictions[name] = judge(loaded, rows, encoded, listener)
-    groups = [row.group for row in rows if row.group is not None]
-    found = compare_with(predictions, _RESULT, groups=groups if len(groups) == len(rows) else None)
+    found = compare_with(predictions, _RESULT, groups=groups_of(rows))
     metric = found["primary_metric"]
     value = found["systems"][-1]["metrics"][metric]["value"]
     loaded.save(out, score={"metric": metric, "value": value, "test_rows": len(rows)})

@@ -47,7 +47,7 @@ from trimtab.progress import Progress, Silent
 from trimtab.runs import RunFolder, write_folder, write_json
 from trimtab.sampling import Sampling
 from trimtab.sources import ModelSource, locate_adapter, weight_files
-from trimtab.tasks import Task, get_task
+from trimtab.tasks import Task, get_task, smooth_outputs
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.preference import Preference
 
@@ -272,9 +272,9 @@ def find_difference(
     It holds for a logit as it is; for a token's loss, which is a sum over a vocabulary, times the loss where that is
     above 1; for a value, whose unit is the user's, times the values' root mean square where that is.
     """
+    outputs, merged = smooth_outputs(task, outputs), smooth_outputs(task, merged)
     scales = torch.ones_like(outputs)
-    if not task.has_probe:  # the other column says whether the likeliest token is right, which a tie turns over
-        outputs, merged = outputs[:, :1], merged[:, :1]
+    if not task.has_probe:
         scales = outputs.abs().clamp(min=1.0)
     elif task.name == "regression":
         scales *= max(1.0, float(outputs.square().mean().sqrt()))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimtab.adapters import prove_reload
-from trimtab.data import PreparedData, prepare_data, write_rows
+from trimtab.data import PreparedData, groups_of, prepare_data, write_rows
 from trimtab.encoding import describe_encoded, encode_splits
 from trimtab.errors import SourceError, StudyError, TrainingError
 from trimtab.estimate import describe, estimate_job
@@ -183,7 +183,7 @@ def compare_run(
     """Write `comparison.json` from the systems' files."""
     folders = run.systems()
     predictions = {folder.name: read_predictions(folder.predictions) for folder in folders}
-    groups = [row.group or "" for row in data.test] if data.columns.group else None
+    groups = groups_of(data.test)
     systems, contrasts = compare_systems(
         [read_record(folder) for folder in folders], predictions, groups, data.leaked_test_ids, study.seed
     )

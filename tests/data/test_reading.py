@@ -196,6 +196,8 @@ def test_few_rows_of_many_groups_can_be_cut(tmp_path):
     data, _ = prepare(tmp_path, rows, group_column="author")
     assert sum(map(len, (data.train, data.validation, data.test))) == 16
     assert len(data.test) in (2, 3)
+    with pytest.raises(DataError, match=r"too few groups \(1\) to cut a validation split"):
+        prepare(tmp_path, rows[:4], group_column="author")
 
 
 def test_groups_stay_in_one_split(tmp_path):

@@ -205,6 +205,9 @@ def test_predictions_survive_the_file_and_refuse_other_rows(tmp_path):
     ):
         compare_two(predictions, other, ("one", "two"))
     doubtful = dataclasses.replace(predictions, labels=1 - predictions.labels)
+    same = compare_two(predictions, predictions, ("one", "two"), "loss")["contrasts"][0]
+    assert same["minimum_detectable_difference"] == 0  # a loss is no share of the rows
+    assert compare_two(predictions, predictions, ("one", "two"))["contrasts"][0]["minimum_detectable_difference"] > 0.1
     with pytest.raises(DataError, match="one and two disagree on the labels of the same rows"):
         compare_two(predictions, doubtful, ("one", "two"))
     gaps = np.full((2, 2), np.nan)

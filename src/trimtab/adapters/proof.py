@@ -26,7 +26,7 @@ from trimtab.precision import use_float32, use_trained_precision
 from trimtab.progress import Progress
 from trimtab.runs import RunFolder, TrialFolder, read_json, write_json, write_jsonl
 from trimtab.study_config import build_study, read_study_file
-from trimtab.tasks import get_task
+from trimtab.tasks import get_task, smooth_outputs
 from trimtab.tasks.causal_lm import CausalLM
 from trimtab.tasks.examples import EncodedRows
 from trimtab.tasks.preference import Preference, refer_to
@@ -96,9 +96,8 @@ def prove_reload(run: RunFolder, trial: TrialFolder, progress: Progress) -> dict
     progress.stage(f"Reloading {trial.name} in a fresh process")
     score_in_fresh_process(run, trial)
     trained, reloaded = (load_file(path)["logits"] for path in (trial.trained_logits, trial.logits))
-    # Of language models the other column says whether the likeliest token is right, which a tie turns over.
-    columns = slice(None) if get_task(build_study(read_study_file(run.study)).task).has_probe else slice(1)
-    difference = float((trained - reloaded)[:, columns].abs().max())
+    task = get_task(build_study(read_study_file(run.study)).task)
+    difference = float(smooth_outputs(task, trained - reloaded).abs().max())
     tolerance = CONVERTED_TOLERANCE if trial.start.is_dir() else RELOAD_TOLERANCE
     passed = bool(torch.isfinite(reloaded).all()) and difference <= tolerance
     result = {"max_abs_logit_difference": difference, "passed": passed}

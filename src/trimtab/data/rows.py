@@ -37,5 +37,11 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     write_jsonl(path, map(asdict, rows))
 
 
+def groups_of(rows: Sequence[Row]) -> list[str] | None:
+    """The group of each row, where all have one."""
+    groups = [row.group for row in rows if row.group is not None]
+    return groups if rows and len(groups) == len(rows) else None
+
+
 def read_rows(path: Path) -> list[Row]:
     return [Row(**row) for row in read_jsonl(path)]

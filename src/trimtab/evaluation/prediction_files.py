@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.data import read_rows
+from trimtab.data import groups_of, read_rows
 from trimtab.errors import DataError
 from trimtab.evaluation.class_predictions import ClassPredictions, parse_class_predictions
 from trimtab.evaluation.multilabel_predictions import MultilabelPredictions, parse_multilabel_predictions
@@ -39,9 +39,8 @@ def read_groups(path: Path, predictions: Predictions) -> list[str] | None:
     run = RunFolder(path.resolve().parent.parent.parent)
     if not (run.study.is_file() and run.test_rows.is_file()):
         return None
-    groups = {row.id: row.group for row in read_rows(run.test_rows)}
-    found = [group for group in map(groups.get, predictions.ids) if group is not None]
-    return found if len(found) == len(predictions.ids) else None
+    rows = {row.id: row for row in read_rows(run.test_rows)}
+    return groups_of([rows[name] for name in predictions.ids]) if rows.keys() >= set(predictions.ids) else None
 
 
 def _parser_for(line: dict[str, Any]) -> Callable[[Sequence[dict[str, Any]], Path], Predictions]:

@@ -17,7 +17,7 @@ from trimtab.tasks.regression import Regression
 from trimtab.tasks.seq2seq import Seq2Seq
 from trimtab.tasks.token_classification import TokenClassification
 
-__all__ = ["TASKS", "Task", "get_task"]
+__all__ = ["TASKS", "Task", "get_task", "smooth_outputs"]
 
 
 class Task(Protocol):
@@ -82,3 +82,11 @@ TASKS: dict[str, Task] = {
 def get_task(name: str, beta: float | None = None) -> Task:
     """The task called `name`, one of the study's choices; `beta` is DPO's."""
     return Preference(beta) if name == "preference" and beta is not None else TASKS[name]
+
+
+def smooth_outputs(task: Task, outputs: Tensor) -> Tensor:
+    """The outputs that small differences of a model change by little, by which two models are compared.
+
+    Language models' other column says whether the likeliest token is right, which a tie turns over.
+    """
+    return outputs if task.has_probe else outputs[:, :1]
