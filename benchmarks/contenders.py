@@ -74,6 +74,7 @@ def make_study(arguments: argparse.Namespace) -> StudyConfig:
             "max_train_rows": arguments.train_rows,
             "max_validation_rows": arguments.validation_rows,
             "max_test_rows": 1000,
+            "max_probe_positions": arguments.max_probe_positions,
             "num_train_epochs": arguments.epochs,
             "evaluations_per_epoch": 4,
             "early_stopping_patience": 100,
@@ -168,7 +169,8 @@ class TrimtabContender:
     def _learn(self) -> dict[str, Any]:
         started = time.perf_counter()
         self.use_precision_for_scoring()
-        probe, _ = fit_probe(self.scorer, self.train, self.validation)
+        train, validation = (rows.sample(self.study.max_probe_positions) for rows in (self.train, self.validation))
+        probe = fit_probe(self.scorer, train, validation)
         self.attach()
         start_head_at_probe(self.scorer.base.model, probe)
         before_steps = time.perf_counter() - started
@@ -325,6 +327,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-rows", type=int, default=2000)
     parser.add_argument("--validation-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--max-probe-positions", type=int, default=20_000)
     return parser
 
 

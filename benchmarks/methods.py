@@ -58,7 +58,7 @@ def tune_method(study: StudyConfig, data: PreparedData, work: Path) -> dict[str,
         test=scorer.encode(data.test[:1]),
         max_length_tokens=scorer.max_length_tokens,
     )
-    probe, _ = fit_probe(scorer, encoded.train, encoded.validation)
+    probe = fit_probe(scorer, encoded.train, encoded.validation)
     torch.manual_seed(study.seed)
     peft_model = start_adapter(study, scorer, encoded, probe, TrialFolder(work / study.method), Silent())
     plan = TrainingPlan(scorer.collator(encoded.train), study.tokens_per_batch, study.seed, study.num_train_epochs)

@@ -281,10 +281,13 @@ def _seconds(
     products = 2e-9 * sizes.linear / whole * products_a_step + 2 * read_out(whole)
     step = products + losses + _TRAIN_OVERHEAD * units * _SLOWER[forward]
     validations = study.num_train_epochs * study.evaluations_per_epoch + 1
-    rest = tokens["train"] + tokens["validation"]
+    probed = 0
+    if job.task.has_probe:
+        splits = job.encoded.train, job.encoded.validation
+        probed = sum(split.sample(study.max_probe_positions).tokens for split in splits)
     load = _LOAD_SECONDS_PER_BYTE * 4 * total
     fit = _FIT_SECONDS if job.task.has_probe else 0.0
-    again = 0.0 if get_method(study.method).starts_at_base or not job.task.has_probe else rest * score(whole, forward)
+    again = 0.0 if get_method(study.method).starts_at_base else probed * score(whole, forward)
     trained = tokens["train"] * study.num_train_epochs * step + tokens["validation"] * validations * score(
         whole, forward
     )
@@ -293,7 +296,7 @@ def _seconds(
         "load base": load,
         "text baselines": _TEXT_SECONDS * tokens["train"] * _text_columns(job),
         "base and baselines": tokens["test"] * score(real, scoring_path)
-        + (rest * score(max(real, whole), scoring_path) if job.task.has_probe else 0.0) + fit,
+        + probed * score(max(real, whole), scoring_path) + fit,
         "tune": again + trained + tokens["test"] * score(adapted, forward),
         "reload and evaluate": _START_SECONDS + load + tokens["test"] * score(adapted, forward) * scored,
     }  # fmt: skip

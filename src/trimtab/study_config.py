@@ -77,6 +77,12 @@ class StudyConfig(BaseModel):
     max_train_rows: int | None = Field(None, ge=2, description="Use at most this many training rows (seeded).")
     max_validation_rows: int | None = Field(None, ge=2, description="At most this many validation rows.")
     max_test_rows: int | None = Field(None, ge=2, description="At most this many test rows.")
+    max_probe_positions: int = Field(
+        20_000,
+        ge=2,
+        description="The linear probe, where the head starts, is fitted on at most this many labelled texts (words, in "
+        "token_classification), and its regularisation chosen on as many of validation; fewer start training sooner.",
+    )
     method: str = Field("lora", description="PEFT method, such as lora, dora or ia3; `trimtab methods` shows them all.")
     r: int | None = Field(
         None, ge=1, le=1024, description="Rank of the adapter; the method's own default if missing (LoRA: 8)."

@@ -18,8 +18,6 @@ from trimtab.evaluation.predictions import Floats
 # Inverse regularisation strengths tried; the validation loss chooses.
 _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _TFIDF_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
-# Words beyond this add little to a probe, and minutes to its fit.
-_PROBED_POSITIONS = 20_000
 _ROWS_AT_ONCE = 1000
 
 
@@ -111,9 +109,6 @@ def fit_linear_probe(
     """
     from sklearn.preprocessing import StandardScaler
 
-    if len(features) > _PROBED_POSITIONS:
-        chosen = np.random.default_rng(0).permutation(len(features))[:_PROBED_POSITIONS]
-        features, labels = features[torch.from_numpy(chosen)], labels[chosen]
     scaler = StandardScaler(copy=False, with_mean=has_bias)  # `double` has made a copy already
     for some in torch.split(features, _ROWS_AT_ONCE):  # what a fit computes on the way is as large as its rows
         scaler.partial_fit(some.double().numpy())

@@ -96,17 +96,16 @@ def fit_probe(
     validation: EncodedRows,
     class_weight: str | None = None,
     progress: Progress | None = None,
-) -> tuple[LinearProbe, Scores]:
-    """The linear probe on what enters the head's final linear now, and the pass that gave those features."""
+) -> LinearProbe:
+    """The linear probe on what enters the head's final linear now."""
     scores = scorer.score(train + validation, progress, features=True)
     assert scores.features is not None
     train_features, validation_features = torch.split(scores.features, [len(train.labels), len(validation.labels)])
     head = final_linear(scorer.base.model)
-    probe = fit_linear_probe(
+    return fit_linear_probe(
         scorer.task.name, train_features, train.labels, head.out_features, validation_features, validation.labels,
         has_bias=head.bias is not None, class_weight=class_weight,
     )  # fmt: skip
-    return probe, scores
 
 
 def predict_outputs(

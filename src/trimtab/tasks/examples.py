@@ -70,6 +70,19 @@ class EncodedRows:
         assert self.together == 1
         return EncodedRows([self.examples[place] for place in places], list(range(len(places))), self.truncated)
 
+    def sample(self, positions: int) -> EncodedRows:
+        """Rows drawn at random, one of each class first, with so many positions at most; all if there are no more."""
+        if len(self.labels) <= positions:
+            return self
+        drawn = np.random.default_rng(0).permutation(len(self.examples))
+        if self.labels.ndim == 1 and np.issubdtype(self.labels.dtype, np.integer):
+            owners = np.repeat(np.arange(len(drawn)), [len(self.examples[place].labels) for place in drawn])
+            labels = [label for place in drawn for label in self.examples[place].labels]
+            firsts = np.unique(owners[np.unique(labels, return_index=True)[1]])
+            drawn = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])
+        ends = np.cumsum([len(self.examples[place].labels) for place in drawn])
+        return self.take(drawn[: max(1, np.searchsorted(ends, positions, side="right"))].tolist())
+
     def first(self, rows: int) -> EncodedRows:
         """The examples of the first `rows` rows."""
         count = sum(row < rows for row in self.rows)

@@ -90,7 +90,7 @@ _COUNTING: dict[str, Callable[[Job, EncodedSplits], Tensor]] = {
 
 
 def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: NumberFormat) -> LinearProbe:
-    """One pass of the frozen base over every row: the untrained head's scores, and the probe's features.
+    """One pass of the frozen base: the untrained head's scores of test rows, and the probe's features of the others.
 
     Test rows are scored in float32, as every system's; what the probe is fitted on comes in the training precision.
     """
@@ -104,7 +104,8 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: Numb
     forward = scorer.choice.forward
     use_precision(precision, job.task, forward, scorer.first_batch(encoded.train), job.progress, training=False)
     started = time.perf_counter()
-    probe, _ = fit_probe(scorer, encoded.train, encoded.validation, job.study.class_weight, job.progress)
+    train, validation = (rows.sample(job.study.max_probe_positions) for rows in (encoded.train, encoded.validation))
+    probe = fit_probe(scorer, train, validation, job.study.class_weight, job.progress)
     seconds = time.perf_counter() - started
     use_float32(forward)
     assert test.features is not None
@@ -127,7 +128,9 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: Numb
     record_system(
         probed,
         predict_outputs(job.task, data.test, encoded.test, names, probe.outputs(test.features)),
-        title="linear probe (frozen base)",
+        title="linear probe (frozen base)"
+        if train is encoded.train
+        else f"linear probe (frozen base, {len(train.examples):,} of {len(encoded.train.examples):,} rows)",
         kind="baseline",
         cost=base_cost
         | {
@@ -135,7 +138,7 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: Numb
             "trainable_percent": 100 * size / parameters,
             "adapter_bytes": 4 * size,
         }
-        | {"train_seconds": seconds, "train_tokens": encoded.train.tokens},
+        | {"train_seconds": seconds, "train_tokens": train.tokens},
     )
     return probe
 
