@@ -29,7 +29,7 @@ def test_folded_probe_is_the_standardised_regression(classes, has_bias):
     assert (probe.bias is not None) == has_bias
     assert probe.weight.is_contiguous()
     scaler = StandardScaler(with_mean=has_bias).fit(features[:300].double().numpy())
-    model = LogisticRegression(C=probe.strength, fit_intercept=has_bias, max_iter=500)
+    model = LogisticRegression(C=probe.strength, fit_intercept=has_bias, max_iter=5000, tol=1e-8)
     model.fit(scaler.transform(features[:300].double().numpy()), labels[:300])
     expected = model.predict_proba(scaler.transform(features[300:].double().numpy()))
     found = probe.outputs(features[300:]).softmax(-1).numpy()
@@ -46,7 +46,7 @@ def test_probes_of_labels_and_values_are_scikit_learns():
     probe = fit_linear_probe("multilabel", features[:300], marks[:300], 4, features[300:], marks[300:], True)
     said = probe.outputs(features[300:]).sigmoid().numpy()
     for column in range(3):
-        model = LogisticRegression(C=probe.strength, max_iter=500).fit(scaled, marks[:300, column])
+        model = LogisticRegression(C=probe.strength, max_iter=5000, tol=1e-8).fit(scaled, marks[:300, column])
         np.testing.assert_allclose(said[:, column], model.predict_proba(held_out)[:, 1], atol=1e-4)
     assert said[:, 3].max() < 0.01
     values = labels * 2.5 + 10.0

@@ -17,7 +17,7 @@ from trimtab.evaluation.predictions import Floats
 
 # Inverse regularisation strengths tried; the validation loss chooses.
 _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_TFIDF_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+_TFIDF_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _ROWS_AT_ONCE = 1000
 
 

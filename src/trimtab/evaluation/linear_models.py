@@ -72,13 +72,19 @@ def best_fit(
     return best[1]
 
 
+def _logistic_regression(strength: float, fit_intercept: bool, class_weight: str | None = None) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    # Of wide features several times as fast as lbfgs, and closer to the optimum (docs/decisions.md, 99).
+    return LogisticRegression(
+        C=strength, fit_intercept=fit_intercept, class_weight=class_weight, solver="newton-cg", tol=1e-6, max_iter=200
+    )
+
+
 def _fit_classes(
     features: Any, labels: Any, columns: int, strength: float, fit_intercept: bool, class_weight: str | None
 ) -> Fit:
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=strength, fit_intercept=fit_intercept, max_iter=500, class_weight=class_weight)
-    model.fit(features, labels)
+    model = _logistic_regression(strength, fit_intercept, class_weight).fit(features, labels)
     weight, bias = model.coef_, model.intercept_
     if len(weight) == 1:  # two classes share one direction
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
@@ -92,15 +98,13 @@ def _fit_classes(
 def _fit_several(
     features: Any, labels: Any, columns: int, strength: float, fit_intercept: bool, class_weight: str | None
 ) -> Fit:
-    from sklearn.linear_model import LogisticRegression
-
     weight, bias = np.zeros((columns, features.shape[1])), np.zeros(columns)
     for column in range(columns):
         of_label = labels[:, column] > 0.5
         if of_label.all() or not of_label.any():  # nothing to tell apart
             bias[column] = 10.0 if of_label.all() else -10.0
             continue
-        model = LogisticRegression(C=strength, fit_intercept=fit_intercept, max_iter=500).fit(features, of_label)
+        model = _logistic_regression(strength, fit_intercept).fit(features, of_label)
         weight[column], bias[column] = model.coef_[0], model.intercept_[0] if fit_intercept else 0.0
     return Fit(weight, bias, strength)
 
