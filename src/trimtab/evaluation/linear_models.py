@@ -72,7 +72,8 @@ def best_fit(
     return best[1]
 
 
-def _logistic_regression(strength: float, fit_intercept: bool, class_weight: str | None = None) -> Any:
+def logistic_regression(strength: float, fit_intercept: bool, class_weight: str | None = None) -> Any:
+    """scikit-learn's, not fitted; `strength` is its `C`."""
     from sklearn.linear_model import LogisticRegression
 
     # Of wide features several times as fast as lbfgs, and closer to the optimum (docs/decisions.md, 99).
@@ -84,7 +85,7 @@ def _logistic_regression(strength: float, fit_intercept: bool, class_weight: str
 def _fit_classes(
     features: Any, labels: Any, columns: int, strength: float, fit_intercept: bool, class_weight: str | None
 ) -> Fit:
-    model = _logistic_regression(strength, fit_intercept, class_weight).fit(features, labels)
+    model = logistic_regression(strength, fit_intercept, class_weight).fit(features, labels)
     weight, bias = model.coef_, model.intercept_
     if len(weight) == 1:  # two classes share one direction
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
@@ -104,7 +105,7 @@ def _fit_several(
         if of_label.all() or not of_label.any():  # nothing to tell apart
             bias[column] = 10.0 if of_label.all() else -10.0
             continue
-        model = _logistic_regression(strength, fit_intercept).fit(features, of_label)
+        model = logistic_regression(strength, fit_intercept).fit(features, of_label)
         weight[column], bias[column] = model.coef_[0], model.intercept_[0] if fit_intercept else 0.0
     return Fit(weight, bias, strength)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from trimtab.data import Row
 from trimtab.evaluation.evaluate import peak_memory_bytes, record_system
+from trimtab.evaluation.linear_models import logistic_regression
 from trimtab.evaluation.predictions import Floats
 from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.job import Job
@@ -48,7 +49,6 @@ def length_margins(train: Sequence[Row], rows: Sequence[Row]) -> Floats:
 def word_margins(train: Sequence[Row], rows: Sequence[Row]) -> Floats:
     """Logits of a logistic regression on the difference of the two answers' TF-IDF, without a constant."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"\S+")
     vectorizer.fit([text or "" for row in train for text in (row.completion, row.rejected)])
@@ -60,6 +60,6 @@ def word_margins(train: Sequence[Row], rows: Sequence[Row]) -> Floats:
     # Each pair is seen both ways round, or there would be one class only.
     signs = np.where(np.arange(len(train)) % 2, 1.0, -1.0)
     flipped = features(train).multiply(signs[:, None]).tocsr()  # type: ignore[attr-defined]
-    fitted = LogisticRegression(fit_intercept=False, max_iter=1000).fit(flipped, signs > 0)
+    fitted = logistic_regression(1.0, fit_intercept=False).fit(flipped, signs > 0)
     found: Floats = fitted.decision_function(features(rows))
     return found
