@@ -81,7 +81,8 @@ class StudyConfig(BaseModel):
         20_000,
         ge=2,
         description="The linear probe, where the head starts, is fitted on at most this many labelled texts (words, in "
-        "token_classification), and its regularisation chosen on as many of validation; fewer start training sooner.",
+        "token_classification; more only if classes ask for it), its regularisation chosen on as many of validation; "
+        "fewer start training sooner.",
     )
     method: str = Field("lora", description="PEFT method, such as lora, dora or ia3; `trimtab methods` shows them all.")
     r: int | None = Field(

@@ -57,35 +57,39 @@ def best_fit(
         strengths: inverse regularisation strengths, rising.
         class_weight: scikit-learn's word for it, where the task has classes.
     """
-    from sklearn.exceptions import ConvergenceWarning
-
     best: tuple[float, Fit] | None = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for strength in strengths:
-            fit = model.fit(features, labels, columns, strength, fit_intercept, class_weight)
-            loss = model.loss(fit.outputs(held_out), held_out_labels)
-            if best is not None and loss >= best[0]:
-                break
-            best = (loss, fit)
+    for strength in strengths:
+        fit = model.fit(features, labels, columns, strength, fit_intercept, class_weight)
+        loss = model.loss(fit.outputs(held_out), held_out_labels)
+        if best is not None and loss >= best[0]:
+            break
+        best = (loss, fit)
     assert best is not None
     return best[1]
 
 
-def logistic_regression(strength: float, fit_intercept: bool, class_weight: str | None = None) -> Any:
-    """scikit-learn's, not fitted; `strength` is its `C`."""
+def fit_logistic_regression(
+    features: Any, labels: Any, strength: float, fit_intercept: bool, class_weight: str | None = None
+) -> Any:
+    """scikit-learn's, by Newton's method with conjugate gradients; `strength` is its `C`.
+
+    Of wide features it is several times as fast as lbfgs, and closer to the optimum (docs/decisions.md, 99).
+    """
     from sklearn.linear_model import LogisticRegression
 
-    # Of wide features several times as fast as lbfgs, and closer to the optimum (docs/decisions.md, 99).
-    return LogisticRegression(
+    model = LogisticRegression(
         C=strength, fit_intercept=fit_intercept, class_weight=class_weight, solver="newton-cg", tol=1e-6, max_iter=200
     )
+    with warnings.catch_warnings():  # the validation loss judges what comes out, finished or not
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return model.fit(features, labels)
 
 
 def _fit_classes(
     features: Any, labels: Any, columns: int, strength: float, fit_intercept: bool, class_weight: str | None
 ) -> Fit:
-    model = logistic_regression(strength, fit_intercept, class_weight).fit(features, labels)
+    model = fit_logistic_regression(features, labels, strength, fit_intercept, class_weight)
     weight, bias = model.coef_, model.intercept_
     if len(weight) == 1:  # two classes share one direction
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
@@ -105,7 +109,7 @@ def _fit_several(
         if of_label.all() or not of_label.any():  # nothing to tell apart
             bias[column] = 10.0 if of_label.all() else -10.0
             continue
-        model = logistic_regression(strength, fit_intercept).fit(features, of_label)
+        model = fit_logistic_regression(features, of_label, strength, fit_intercept)
         weight[column], bias[column] = model.coef_[0], model.intercept_[0] if fit_intercept else 0.0
     return Fit(weight, bias, strength)
 

@@ -71,22 +71,33 @@ class EncodedRows:
         return EncodedRows([self.examples[place] for place in places], list(range(len(places))), self.truncated)
 
     def sample(self, positions: int) -> EncodedRows:
-        """Rows drawn at random, one of each class first, with so many positions at most; all if there are no more."""
+        """Rows drawn at random with so many positions at most, or all rows if they have no more.
+
+        A row of each class, or with and without each label, is among them, whatever positions those take.
+        """
         if len(self.labels) <= positions:
             return self
         drawn = np.random.default_rng(0).permutation(len(self.examples))
-        if self.labels.ndim == 1 and np.issubdtype(self.labels.dtype, np.integer):
-            owners = np.repeat(np.arange(len(drawn)), [len(self.examples[place].labels) for place in drawn])
-            labels = [label for place in drawn for label in self.examples[place].labels]
-            firsts = np.unique(owners[np.unique(labels, return_index=True)[1]])
-            drawn = np.concatenate([drawn[firsts], np.delete(drawn, firsts)])
-        ends = np.cumsum([len(self.examples[place].labels) for place in drawn])
-        return self.take(drawn[: max(1, np.searchsorted(ends, positions, side="right"))].tolist())
+        sizes = np.array([len(self.examples[place].labels) for place in drawn])
+        labels = np.array([label for place in drawn for label in self.examples[place].labels])
+        needed = np.unique(np.repeat(np.arange(len(drawn)), sizes)[_first_of_each(labels)])
+        order = np.concatenate([needed, np.delete(np.arange(len(drawn)), needed)])
+        count = max(len(needed), 1, np.searchsorted(np.cumsum(sizes[order]), positions, side="right"))
+        return self.take(drawn[order[:count]].tolist())
 
     def first(self, rows: int) -> EncodedRows:
         """The examples of the first `rows` rows."""
         count = sum(row < rows for row in self.rows)
         return EncodedRows(self.examples[:count], self.rows[:count], self.truncated, self.together)
+
+
+def _first_of_each(labels: NDArray[Any]) -> NDArray[Any]:
+    """The first place of each class, or with and without each label; none of values."""
+    if labels.ndim > 1:
+        return np.concatenate([labels.argmax(0), labels.argmin(0)])
+    if np.issubdtype(labels.dtype, np.integer):
+        return np.unique(labels, return_index=True)[1]
+    return np.array([], dtype=np.int64)
 
 
 class Batch(Protocol):

@@ -128,9 +128,7 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: Numb
     record_system(
         probed,
         predict_outputs(job.task, data.test, encoded.test, names, probe.outputs(test.features)),
-        title="linear probe (frozen base)"
-        if train is encoded.train
-        else f"linear probe (frozen base, {len(train.examples):,} of {len(encoded.train.examples):,} rows)",
+        title=f"linear probe ({'frozen base' if train is encoded.train else f'{len(train.examples):,} rows'})",
         kind="baseline",
         cost=base_cost
         | {

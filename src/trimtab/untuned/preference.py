@@ -9,7 +9,7 @@ import numpy as np
 
 from trimtab.data import Row
 from trimtab.evaluation.evaluate import peak_memory_bytes, record_system
-from trimtab.evaluation.linear_models import logistic_regression
+from trimtab.evaluation.linear_models import fit_logistic_regression
 from trimtab.evaluation.predictions import Floats
 from trimtab.evaluation.preference_predictions import PreferencePredictions
 from trimtab.job import Job
@@ -60,6 +60,6 @@ def word_margins(train: Sequence[Row], rows: Sequence[Row]) -> Floats:
     # Each pair is seen both ways round, or there would be one class only.
     signs = np.where(np.arange(len(train)) % 2, 1.0, -1.0)
     flipped = features(train).multiply(signs[:, None]).tocsr()  # type: ignore[attr-defined]
-    fitted = logistic_regression(1.0, fit_intercept=False).fit(flipped, signs > 0)
+    fitted = fit_logistic_regression(flipped, signs > 0, 1.0, fit_intercept=False)
     found: Floats = fitted.decision_function(features(rows))
     return found
