@@ -48,7 +48,7 @@ _MEASURED_TOKENS = 256
 # Bytes a parameter of the layers' linears; 4 bits with their scales.
 _BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}
 # Seconds and bytes of TF-IDF with its regression, a training token and a column: words and pairs, at several strengths.
-_TEXT_SECONDS, _TEXT_BYTES = 2e-5, 200
+_TEXT_SECONDS, _TEXT_BYTES = 2e-5, 70
 # The interval that time is given with.
 _FACTOR = 1.5
 
