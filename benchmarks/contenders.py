@@ -327,7 +327,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-rows", type=int, default=2000)
     parser.add_argument("--validation-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--max-probe-positions", type=int, default=20_000)
+    parser.add_argument(
+        "--max-probe-positions", type=int, default=StudyConfig.model_fields["max_probe_positions"].default
+    )
     return parser
 
 

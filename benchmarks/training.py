@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--validation-rows", type=int, default=2000, help="of the runs that learn")
     parser.add_argument("--epochs", type=int, default=2, help="of the runs that learn")
     parser.add_argument("--our-epochs", nargs="+", type=int, help="of Trimtab's runs that learn, if not the peer's")
-    parser.add_argument("--max-probe-positions", type=int, default=20_000, help="texts for Trimtab's linear probe")
+    parser.add_argument("--max-probe-positions", type=int, help="texts for Trimtab's linear probe, if not all")
     parser.add_argument("--contenders", nargs="+", choices=OURS, default=OURS, help="that learn beside the peer")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -226,15 +226,16 @@ def main() -> None:
             upper = {**about, **measure_upper_half(model, arguments.train_rows)}
             (RESULTS / f"upper-half-{name}.json").write_text(json.dumps(upper, indent=1) + "\n")
         if arguments.only in (None, "learning"):
-            names = ("train_rows", "validation_rows", "epochs", "max_probe_positions")
-            counts = {count: getattr(arguments, count) for count in names}
+            counts = {count: getattr(arguments, count) for count in ("train_rows", "validation_rows", "epochs")}
+            if arguments.max_probe_positions:
+                counts["max_probe_positions"] = arguments.max_probe_positions
             ours = {
                 one if epochs == arguments.epochs else f"{one}, {epochs} epoch": (one, epochs)
                 for one in arguments.contenders
                 for epochs in arguments.our_epochs or [arguments.epochs]
             }
             learnt = {**about, **measure_learning(model, ours, arguments.seeds, counts)}
-            probed = f"-probe{arguments.max_probe_positions}" if arguments.max_probe_positions < 20_000 else ""
+            probed = f"-probe{arguments.max_probe_positions}" if arguments.max_probe_positions else ""
             file = f"learning-{name}-{arguments.train_rows}x{arguments.epochs}-{arguments.validation_rows}{probed}.json"
             (RESULTS / file).write_text(json.dumps(learnt, indent=1) + "\n")
             print(f"  {model}: {json.dumps(learnt['contrasts'])}", flush=True)

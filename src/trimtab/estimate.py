@@ -283,8 +283,7 @@ def _seconds(
     validations = study.num_train_epochs * study.evaluations_per_epoch + 1
     probed = 0
     if job.task.has_probe:
-        splits = job.encoded.train, job.encoded.validation
-        probed = sum(split.sample(study.max_probe_positions).tokens for split in splits)
+        probed = sum(split.tokens for split in job.encoded.probed(study.max_probe_positions))
     load = _LOAD_SECONDS_PER_BYTE * 4 * total
     fit = _FIT_SECONDS if job.task.has_probe else 0.0
     again = 0.0 if get_method(study.method).starts_at_base else probed * score(whole, forward)

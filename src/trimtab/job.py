@@ -26,6 +26,10 @@ class EncodedSplits:
     max_length_tokens: int
     pair_separator: str | None = None
 
+    def probed(self, positions: int) -> tuple[EncodedRows, EncodedRows]:
+        """Of train and validation, what the linear probe sees: so many labelled positions each."""
+        return self.train.sample(positions), self.validation.sample(positions)
+
 
 @dataclass
 class Job:

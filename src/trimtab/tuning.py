@@ -165,8 +165,7 @@ def start_adapter(
     if probe is not None:
         if not get_method(study.method).starts_at_base:
             set_adapter_training(peft_model, False)
-            train, validation = (rows.sample(study.max_probe_positions) for rows in (data.train, data.validation))
-            probe = fit_probe(scorer, train, validation, study.class_weight, progress)
+            probe = fit_probe(scorer, *data.probed(study.max_probe_positions), study.class_weight, progress)
         start_head_at_probe(base.model, probe)
     return peft_model
 

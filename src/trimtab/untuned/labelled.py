@@ -104,7 +104,7 @@ def score_base(job: Job, scorer: Scorer, encoded: EncodedSplits, precision: Numb
     forward = scorer.choice.forward
     use_precision(precision, job.task, forward, scorer.first_batch(encoded.train), job.progress, training=False)
     started = time.perf_counter()
-    train, validation = (rows.sample(job.study.max_probe_positions) for rows in (encoded.train, encoded.validation))
+    train, validation = encoded.probed(job.study.max_probe_positions)
     probe = fit_probe(scorer, train, validation, job.study.class_weight, job.progress)
     seconds = time.perf_counter() - started
     use_float32(forward)
